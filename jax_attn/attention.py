@@ -1,0 +1,227 @@
+"""The attention layer: scores derived from the input mix its values, and an output is handed on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_attn.dot_product import Score, check_mask, check_sizes, dot_product_attention
+from jax_attn.mask_types import Mask
+from jax_attn.masks import prefix
+from jax_attn.norm import rms_norm
+from jax_attn.params import Leaves, Params, check_leaves, draw, normal, ones, zeros
+from jax_attn.rope import Rope, rotate
+from jax_attn.shapes import dims, floating
+
+
+def attention_leaves(
+    D: int, N: int, E: int, *, bias: bool = False, qk_norm: bool = False, sinks: bool = False
+) -> Leaves:
+    """Declare the leaves of an attention layer; arguments as in `init_attention`."""
+    leaves: dict[str, Any] = {
+        "wq_DNH": normal(D**-0.5),
+        "wk_DKH": normal(D**-0.5),
+        "wv_DKE": normal(D**-0.5),
+        "wo_NED": normal((N * E) ** -0.5),
+    }
+    if bias:
+        leaves |= {"bq_NH": zeros, "bk_KH": zeros, "bv_KE": zeros, "bo_D": zeros}
+    if qk_norm:
+        leaves |= {"q_scale_H": ones, "k_scale_H": ones}
+    if sinks:
+        leaves |= {"sinks_N": zeros}
+    return leaves
+
+
+def attention_sizes(
+    D: int, N: int, K: int | None = None, H: int | None = None, E: int | None = None
+) -> dict[str, int]:
+    """Fill in the sizes that were left out: K = N, H = D / N, E = H."""
+    if H is None and (not isinstance(N, int) or N < 1 or D % N):
+        raise ValueError(f"N={N} must divide D={D}, or give the head width H")
+    K, H = N if K is None else K, D // N if H is None else H
+    if not isinstance(K, int) or K < 1 or N % K:
+        raise ValueError(f"N={N} (query heads) must be a multiple of K={K} (key/value heads)")
+    return {"D": D, "N": N, "K": K, "H": H, "E": H if E is None else E}
+
+
+def init_attention(
+    key: jax.Array,
+    D: int,
+    N: int,
+    *,
+    K: int | None = None,
+    H: int | None = None,
+    E: int | None = None,
+    bias: bool = False,
+    qk_norm: bool = False,
+    sinks: bool = False,
+    dtype: Any = jnp.float32,
+) -> Params:
+    """Draw the weights of an attention layer: Wq, Wk, Wv and Wo, variance 1 / fan-in.
+
+    Args:
+      key: a jax.random key.
+      D: model width.
+      N: query heads.
+      K: key/value heads, a divisor of N; default N.
+      H: head width of queries and keys; default D / N.
+      E: head width of values; default H.
+      bias: add leaves bq_NH, bk_KH, bv_KE, bo_D, zero.
+      qk_norm: add leaves q_scale_H, k_scale_H, one: RMS-norm of queries and keys.
+      sinks: add leaf sinks_N, zero: a learned sink a head.
+      dtype: of the leaves.
+    Returns: {"wq_DNH", "wk_DKH", "wv_DKE", "wo_NED"} and the optional leaves; 4·D² numbers with
+      the defaults.
+    Raises: ValueError naming the letters whose sizes do not fit.
+    Example:
+      >>> params = init_attention(jax.random.key(0), D=768, N=12)
+      >>> params["wq_DNH"].shape
+      (768, 12, 64)
+    """
+    sizes = attention_sizes(D, N, K, H, E)
+    leaves = attention_leaves(D, N, sizes["E"], bias=bias, qk_norm=qk_norm, sinks=sinks)
+    return draw(key, leaves, sizes, dtype)
+
+
+REQUIRED = ("wq_DNH", "wk_DKH", "wv_DKE", "wo_NED")
+OPTIONAL = ("bq_NH", "bk_KH", "bv_KE", "bo_D", "q_scale_H", "k_scale_H", "sinks_N")
+
+
+def project_qkv(
+    params: Params,
+    x_BTD: jax.Array,
+    kv_BSD: jax.Array | None = None,
+    *,
+    rope: Rope | None = None,
+    position_BT: jax.Array | None = None,
+    q_offset: Any = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Make queries, keys and values: q = x Wq + bq, QK-norm if its leaves are there, then RoPE.
+
+    Args: as in `attention`.
+    Returns: q_BTNH, k_BSKH, v_BSKE, ready for `dot_product_attention`.
+    Raises: ValueError naming the argument or leaf, the axis letter and both sizes.
+    Example:
+      >>> params = init_attention(jax.random.key(0), D=6, N=2)
+      >>> [x.shape for x in project_qkv(params, jnp.ones((1, 5, 6)))]
+      [(1, 5, 2, 3), (1, 5, 2, 3), (1, 5, 2, 3)]
+    """
+    check_leaves("attention", params, REQUIRED, OPTIONAL)
+    sizes = dims(x_BTD=x_BTD, **params)
+    floating(x_BTD=x_BTD, kv_BSD=kv_BSD, **params)
+    dims(x_BTD=x_BTD, kv_BSD=kv_BSD)
+    if kv_BSD is not None and (rope is not None and position_BT is not None):
+        raise ValueError("position_BT with kv_BSD: the keys' positions would be unknown")
+    source_BSD = x_BTD if kv_BSD is None else kv_BSD
+    q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, params["wq_DNH"])
+    k_BSKH = jnp.einsum("BSD,DKH->BSKH", source_BSD, params["wk_DKH"])
+    v_BSKE = jnp.einsum("BSD,DKE->BSKE", source_BSD, params["wv_DKE"])
+    q_BTNH, k_BSKH, v_BSKE = (
+        x if name not in params else x + params[name][None, None]
+        for x, name in ((q_BTNH, "bq_NH"), (k_BSKH, "bk_KH"), (v_BSKE, "bv_KE"))
+    )
+    if "q_scale_H" in params:
+        q_BTNH = rms_norm(q_BTNH, params["q_scale_H"])
+    if "k_scale_H" in params:
+        k_BSKH = rms_norm(k_BSKH, params["k_scale_H"])
+    if rope is not None:
+        q_position_BT = position_BT
+        if q_position_BT is None:
+            q_position_BT = jnp.arange(sizes.T)[None] + q_offset
+        k_position_BS = q_position_BT if kv_BSD is None else jnp.arange(kv_BSD.shape[1])[None]
+        q_BTNH = rotate(q_BTNH, rope, q_position_BT)
+        k_BSKH = rotate(k_BSKH, rope, k_position_BS)
+    return q_BTNH, k_BSKH, v_BSKE
+
+
+def attention(
+    params: Params,
+    x_BTD: jax.Array,
+    *,
+    kv_BSD: jax.Array | None = None,
+    mask: Mask | jax.Array | None = None,
+    rope: Rope | None = None,
+    position_BT: jax.Array | None = None,
+    bias_BNTS: jax.Array | None = None,
+    score: Score | None = None,
+    scale: Any = None,
+    softcap: float | None = None,
+    q_offset: Any = 0,
+    cache: Params | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """Mix tokens by scores derived from them, and hand on the result: an output, not weights.
+
+        y = concat_n(softmax(scale · x Wq_n (z Wk_n)^T) z Wv_n) Wo,  z = x, or kv in cross-attention
+
+    What else it does follows from the leaves in `params`: biases, QK-norm, sinks. The scores are
+    no parameter; they are made anew from every input.
+
+    Args:
+      params: from `init_attention`.
+      x_BTD: tokens that ask.
+      kv_BSD: tokens that are asked, for cross-attention; default x.
+      rope: turns queries and keys by their positions; see `jax_attn.rope`.
+      position_BT: positions for RoPE, B may be 1; default q_offset + t. Masks do not read it.
+      cache: {"k_BSKH", "v_BSKE"}: x's keys and values are written at q_offset, and queries attend
+        to the q_offset + T first entries. See `jax_attn.decode`.
+      mask, bias_BNTS, score, scale, softcap, q_offset, dropout_rate, dropout_key, implementation:
+        as in `dot_product_attention`.
+    Returns: y_BTD; with a cache (y_BTD, {"cache": updated}).
+    Raises: ValueError naming the argument or leaf, the axis letter and both sizes.
+    Example:
+      >>> params = init_attention(jax.random.key(0), D=768, N=12)
+      >>> attention(params, jnp.ones((1, 3, 768))).shape
+      (1, 3, 768)
+    """
+    with jax.named_scope("attention"):
+        q_BTNH, k_BSKH, v_BSKE = project_qkv(
+            params, x_BTD, kv_BSD, rope=rope, position_BT=position_BT, q_offset=q_offset
+        )
+        if cache is not None:
+            if kv_BSD is not None:
+                raise ValueError("cache with kv_BSD: a cache holds the tokens' own keys and values")
+            check_leaves("cache", cache, ("k_BSKH", "v_BSKE"))
+            cache = {
+                name: _write(cache, name, new, q_offset)
+                for name, new in (("k_BSKH", k_BSKH), ("v_BSKE", v_BSKE))
+            }
+            k_BSKH, v_BSKE = cache["k_BSKH"], cache["v_BSKE"]
+            written = prefix(q_offset + x_BTD.shape[1])
+            sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, None)
+            given = check_mask(mask, sizes)
+            mask = written if given is None else written & given
+        o_BTNE = dot_product_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKE,
+            mask=mask,
+            bias_BNTS=bias_BNTS,
+            score=score,
+            scale=scale,
+            softcap=softcap,
+            sinks_N=params.get("sinks_N"),
+            q_offset=q_offset,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            implementation=implementation,
+        )
+        y_BTD = jnp.einsum("BTNE,NED->BTD", o_BTNE, params["wo_NED"])
+        if "bo_D" in params:
+            y_BTD = y_BTD + params["bo_D"][None, None]
+    return y_BTD if cache is None else (y_BTD, {"cache": cache})
+
+
+def _write(cache: Params, name: str, new: jax.Array, q_offset: Any) -> jax.Array:
+    old = cache[name]
+    if old.ndim != 4 or old.shape[:1] + old.shape[2:] != new.shape[:1] + new.shape[2:]:
+        raise ValueError(f"cache {name} has shape {old.shape}, new entries have {new.shape}")
+    if isinstance(q_offset, int) and q_offset + new.shape[1] > old.shape[1]:
+        raise ValueError(
+            f"cache {name} has S={old.shape[1]}, too short for q_offset={q_offset} + "
+            f"T={new.shape[1]} tokens"
+        )
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), q_offset, axis=1)

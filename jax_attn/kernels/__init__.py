@@ -1,0 +1,1 @@
+"""Implementations of `jax_attn.dot_product_attention`, one file each."""
