@@ -1,0 +1,131 @@
+"""Mixture of experts: each token is processed by the k experts its router prefers; none dropped."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_attn.mlp import activate
+from jax_attn.params import Leaves, Params, check_leaves, draw, normal
+from jax_attn.shapes import dims, floating
+
+
+class Routing(NamedTuple):
+    """What a router did, to be added to the loss or logged.
+
+    Attributes:
+      load_balance: X · Σ_x f_x·P_x, f the share of assignments and P the mean probability of an
+        expert; 1 if balanced (arXiv:2101.03961).
+      router_z: mean of (log Σ_x e^logit_x)² (arXiv:2202.08906).
+      load_X: share of assignments each expert received; sums to 1.
+    """
+
+    load_balance: jax.Array
+    router_z: jax.Array
+    load_X: jax.Array
+
+
+def moe_leaves(D: int, F: int, *, gated: bool = True) -> Leaves:
+    """Declare the leaves of a mixture of experts; arguments as in `init_moe`."""
+    leaves = {
+        "router_DX": normal(D**-0.5),
+        "w_in_XDF": normal(D**-0.5),
+        "w_out_XFD": normal(F**-0.5),
+    }
+    return leaves | {"w_gate_XDF": normal(D**-0.5)} if gated else leaves
+
+
+def init_moe(
+    key: jax.Array, D: int, F: int, X: int, *, gated: bool = True, dtype: Any = jnp.float32
+) -> Params:
+    """Draw a router and X experts, each an MLP or, with a gate leaf, a gated MLP.
+
+    Args:
+      key: a jax.random key.
+      D: model width.
+      F: hidden width of one expert.
+      X: experts.
+      gated: add leaf w_gate_XDF.
+      dtype: of the leaves.
+    Returns: {"router_DX", "w_in_XDF", "w_out_XFD"} and the gate.
+    Raises: ValueError naming a size that is no int >= 1.
+    Example:
+      >>> init_moe(jax.random.key(0), D=6, F=16, X=4)["w_in_XDF"].shape
+      (4, 6, 16)
+    """
+    return draw(key, moe_leaves(D, F, gated=gated), {"D": D, "F": F, "X": X}, dtype)
+
+
+def moe(
+    params: Params,
+    x_BTD: jax.Array,
+    *,
+    k: int = 2,
+    renormalize: bool = False,
+    activation: str = "silu",
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Process each token by its k most probable experts (arXiv:1701.06538, arXiv:2101.03961).
+
+        y = Σ_{x in top k of p} p_x · expert_x(token),  p = softmax(token · router)
+
+    Tokens are sorted by expert and multiplied in groups (`jax.lax.ragged_dot`), so no token is
+    dropped whatever the load. The router runs in float32.
+
+    Args:
+      params: from `init_moe`; experts are gated if leaf w_gate_XDF is present.
+      x_BTD: tokens.
+      k: experts a token, 1 <= k <= X.
+      renormalize: divide the k probabilities by their sum. With k = 1 that leaves the router
+        without a gradient from y.
+      activation: see `activate`.
+    Returns: (y_BTD, {"routing": Routing}).
+    Raises: ValueError naming the argument or leaf, the axis letter and both sizes.
+    Example:
+      >>> params = init_moe(jax.random.key(0), D=6, F=16, X=4)
+      >>> y_BTD, aux = moe(params, jnp.ones((1, 2, 6)))
+      >>> y_BTD.shape, round(float(aux["routing"].load_X.sum()), 4)
+      ((1, 2, 6), 1.0)
+    """
+    check_leaves("moe", params, ("router_DX", "w_in_XDF", "w_out_XFD"), ("w_gate_XDF",))
+    sizes = dims(x_BTD=x_BTD, **params)
+    floating(x_BTD=x_BTD, **params)
+    if not isinstance(k, int) or not 1 <= k <= sizes.X:
+        raise ValueError(f"k must be an int from 1 to X={sizes.X} experts, got {k!r}")
+
+    with jax.named_scope("route"):
+        logits_BTX = jnp.einsum(
+            "BTD,DX->BTX",
+            x_BTD.astype(jnp.float32),
+            params["router_DX"].astype(jnp.float32),
+        )
+        logits = logits_BTX.reshape(-1, sizes.X)
+        probability = jax.nn.softmax(logits, axis=-1)
+        weight, expert = jax.lax.top_k(probability, k)
+        if renormalize:
+            weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+        # Rows of (token, choice) sorted by expert; stable, so the order is a function of x alone.
+        order = jnp.argsort(expert.reshape(-1), stable=True)
+        group_X = jnp.bincount(expert.reshape(-1), length=sizes.X).astype(jnp.int32)
+        load_X = group_X / max(expert.size, 1)
+
+    with jax.named_scope("experts"):
+        rows = x_BTD.reshape(-1, sizes.D)[order // k]
+        hidden = jax.lax.ragged_dot(rows, params["w_in_XDF"], group_X)
+        if "w_gate_XDF" in params:
+            gate = jax.lax.ragged_dot(rows, params["w_gate_XDF"], group_X)
+            hidden = activate(activation, gate) * hidden
+        else:
+            hidden = activate(activation, hidden)
+        made = jax.lax.ragged_dot(hidden, params["w_out_XFD"], group_X)
+        # Back to the order of the tokens by a gather, not a scatter-add: the sum over a token's
+        # experts then has a fixed order, and the result is the same in every run.
+        back = jnp.argsort(order)
+        made = made[back].reshape(-1, k, sizes.D)
+        y = jnp.sum(made * weight[:, :, None].astype(made.dtype), axis=1)
+
+    routing = Routing(
+        sizes.X * jnp.sum(load_X * jnp.mean(probability, axis=0)),
+        jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
+        load_X,
+    )
+    return y.reshape(x_BTD.shape).astype(x_BTD.dtype), {"routing": routing}
