@@ -1,0 +1,145 @@
+"""Report on a run while it trains: metrics as JSONL, progress as a bar or as plain lines."""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+
+Row = dict[str, Any]
+
+# Away from a terminal: lines printed in one run, one more for the last step.
+_PLAIN_LINES = 19
+
+
+@contextlib.contextmanager
+def jsonl(
+    path: str | os.PathLike[str] | None, tags: Mapping[str, Any] | None = None
+) -> Iterator[Callable[[Row], None]]:
+    """Append rows of metrics to a JSONL file: one JSON object a line, flushed at once.
+
+    What the file holds is kept. JSON has no NaN: non-finite numbers become the strings `"nan"`,
+    `"inf"` and `"-inf"`, which `float` reads. Arrays become lists.
+
+    Args:
+      path: the file; its directory is made. None writes nothing.
+      tags: constants that open every line.
+    Returns: a context manager that yields `write(row)`.
+    Raises: OSError naming the file, before the first row.
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with jsonl(f"{folder}/metrics.jsonl") as write:
+      ...         write({"step": 3, "loss": float("nan")})
+      ...     print(pathlib.Path(folder, "metrics.jsonl").read_text(), end="")
+      {"step": 3, "loss": "nan"}
+    """
+    if path is None:
+        yield lambda row: None
+        return
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        # A killed run may have left half a line: end it, so that only that line is lost.
+        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+
+        def write(row: Row) -> None:
+            tagged = {**(tags or {}), **row}
+            line = json.dumps({name: _json_value(v) for name, v in tagged.items()}, allow_nan=False)
+            file.write(line.encode() + b"\n")
+            file.flush()
+
+        yield write
+
+
+@contextlib.contextmanager
+def display(
+    progress: rich.progress.Progress | None, title: str, start: int, steps: int
+) -> Iterator[Callable[[int, float, int, float], None]]:
+    """Show how far a run is: a bar on a terminal, else about 20 plain lines.
+
+    tokens/s leaves out the first step, which compiles, and evaluations; ETA leaves out the first
+    step.
+
+    Args:
+      progress: a display that the caller starts and stops; None makes one for this run.
+      title: what to call the run.
+      start: updates already made.
+      steps: updates in the whole run.
+    Returns: a context manager that yields
+      `show(updates made, loss, tokens in a step or 0, seconds spent evaluating)`.
+    Example:
+      >>> import sys
+      >>> console = rich.console.Console(file=sys.stdout, force_interactive=False)
+      >>> with display(training_progress(console), "both parts", 0, 7) as show:
+      ...     show(1, 5.5452, 64, 0.0)
+      both parts  step 1/7  loss 5.5452
+    """
+    owned = progress is None
+    progress = progress or training_progress()
+    plain = progress.disable or not progress.console.is_interactive
+    task = None if plain else progress.add_task(title, total=steps, completed=start, status="")
+    interval = -(-(steps - start) // _PLAIN_LINES)
+    first: tuple[int, float, float] | None = None
+
+    def show(made: int, loss: float, tokens_per_step: int, evaluating_s: float) -> None:
+        nonlocal first
+        now, status = time.perf_counter(), f"loss {loss:.4f}"
+        if first is None:
+            first = made, now, evaluating_s
+        else:
+            since, wall_s = made - first[0], now - first[1]
+            training_s = max(wall_s - (evaluating_s - first[2]), 1e-9)
+            unit = "tokens" if tokens_per_step else "steps"
+            left = datetime.timedelta(seconds=round(wall_s / since * (steps - made)))
+            rate = since * (tokens_per_step or 1) / training_s
+            status += f"  {rate:,.{0 if rate >= 10 else 2}f} {unit}/s  ETA {left}"
+        if task is not None:
+            progress.update(task, completed=made, status=status)
+        elif (made - start - 1) % interval == 0 or made == steps:
+            line = f"{title}  step {made}/{steps}  {status}".strip()
+            progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with progress if owned and task is not None else contextlib.nullcontext():
+        yield show
+
+
+def training_progress(console: rich.console.Console | None = None) -> rich.progress.Progress:
+    """Make the progress display of `fit`, to share among several fits.
+
+    Args:
+      console: where to draw; None takes standard error, which keeps standard output for results.
+    Returns: a `rich.progress.Progress`, disabled when the console is no terminal. Start it with
+      `with`; a task that you add yourself needs the field `status=""`.
+    Example:
+      >>> training_progress(rich.console.Console(force_interactive=False)).disable
+      True
+    """
+    console = console or rich.console.Console(stderr=True)
+    return rich.progress.Progress(
+        # No markup: a title may hold brackets, "(4,256,768) [seed 0]".
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[status]}", markup=False),
+        console=console,
+        # The display's own thread competes with XLA for the host's cores.
+        refresh_per_second=4,
+        disable=not console.is_interactive,
+    )
+
+
+def _json_value(value: Any) -> Any:
+    """Replace what JSON lacks: arrays by lists, non-finite numbers by strings."""
+    if isinstance(value, np.ndarray | list):
+        return [_json_value(item) for item in list(value)]
+    value = value.item() if isinstance(value, np.generic) else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

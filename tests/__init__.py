@@ -1,0 +1,1 @@
+"""The test suite: one file for each module, plus style, wheel and experiments."""

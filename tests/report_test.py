@@ -1,0 +1,200 @@
+"""Tests of jax_attn.report: the JSONL file, the bar on a terminal, the lines elsewhere."""
+
+import fcntl
+import io
+import json
+import os
+import pathlib
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import numpy as np
+import pytest
+import rich.console
+
+from jax_attn import report
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# JSONL.
+
+
+def test_rows_survive_json(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a" / "b" / "metrics.jsonl"
+    seeds = np.array([[1.5, np.nan, 3], [-np.inf, np.inf, 0.1]], np.float32)
+    with report.jsonl(path) as write:
+        write({"step": 0, "loss": 0.1, "seeds": seeds})
+        # Readable at once: a run that is killed later has lost nothing.
+        assert path.read_text().endswith("\n")
+        write({"step": 1, "loss": float("inf")})
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert first["seeds"][1][:2] == ["-inf", "inf"]
+    np.testing.assert_array_equal(np.array(first["seeds"], float).astype(np.float32), seeds)
+    assert float(second["loss"]) == np.inf
+
+
+def test_file_is_appended_to_and_a_torn_line_costs_itself_only(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in range(2):
+        with report.jsonl(path) as write:
+            write({"step": step})
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    path.write_text('{"step": 0}\n{"ste')
+    with report.jsonl(path) as write:
+        write({"step": 1})
+    assert path.read_text() == '{"step": 0}\n{"ste\n{"step": 1}\n'
+
+
+def test_path_that_cannot_be_written_fails_before_the_first_row(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))), report.jsonl(tmp_path):
+        pass
+
+
+# Display.
+
+
+def shown(steps: int, start: int = 0, title: str = "run", tokens: int = 0) -> list[str]:
+    console = rich.console.Console(file=io.StringIO(), width=20)
+    with report.display(report.training_progress(console), title, start, steps) as show:
+        for made in range(start + 1, steps + 1):
+            show(made, 1 / made, tokens, 0.0)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 19, 20, 21, 37, 39, 997])
+def test_at_most_twenty_plain_lines_and_the_first_and_last_step(steps: int) -> None:
+    lines = shown(steps)
+    assert min(steps, 10) <= len(lines) <= 20
+    assert lines[0] == "run  step 1/1  loss 1.0000".replace("/1", f"/{steps}")
+    assert f"step {steps}/{steps}  loss {1 / steps:.4f}" in lines[-1]
+    assert all("\x1b" not in line for line in lines)
+
+
+def test_plain_lines_of_a_resumed_run_and_of_a_title_with_brackets() -> None:
+    lines = shown(103, start=101, title="heads (4,256,768) [seed 0]", tokens=64)
+    assert lines[0] == "heads (4,256,768) [seed 0]  step 102/103  loss 0.0098"
+    # One line however narrow the console, with a rate and the time left.
+    assert re.fullmatch(
+        r"heads .* step 103/103  loss 0\.0097  [\d,]+ tokens/s  ETA 0:00:00", lines[1]
+    )
+    assert len(lines) == 2
+
+
+def test_rate_leaves_out_the_first_step_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = rich.console.Console(file=io.StringIO())
+    now = iter([100.0, 112.0])
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
+    with report.display(report.training_progress(console), "run", 0, 7) as show:
+        show(1, 0.5, 50, 3.0)
+        show(5, 0.5, 50, 5.0)
+    # 4 steps of 50 tokens in 12 - 2 s of training; 2 steps remain at 3 s of wall time each.
+    assert isinstance(console.file, io.StringIO)
+    assert "loss 0.5000  20 tokens/s  ETA 0:00:06" in console.file.getvalue()
+
+
+def test_several_runs_share_one_display_on_a_terminal() -> None:
+    file = io.StringIO()
+    console = rich.console.Console(file=file, force_terminal=True, width=80)
+    with report.training_progress(console) as progress:
+        for title in ("[both] parts", "attention only"):
+            with report.display(progress, title, 2, 5) as show:
+                show(3, 0.25, 64, 0.0)
+                show(5, 0.125, 64, 0.0)
+        assert [task.completed for task in progress.tasks] == [5, 5]
+        assert not progress.live.console.is_dumb_terminal
+        assert progress.live.is_started
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", file.getvalue())
+    rows = [line for line in text.splitlines() if "loss 0.1250" in line]
+    assert any(line.startswith("[both] parts") and "5/5" in line for line in rows)
+    assert any(line.startswith("attention only") and "tokens/s" in line for line in rows)
+    assert all(len(line) <= 80 for line in rows)
+
+
+RUN = """
+import fcntl, pathlib, sys, termios, time
+if sys.stderr.isatty():
+    fcntl.ioctl(2, termios.TIOCSCTTY, 0)  # so that Ctrl-C on this terminal reaches this process
+import numpy as np
+from jax_attn import train
+
+dispatched = 0
+
+def step_fn(state, batch, key):
+    global dispatched
+    time.sleep(0.01)
+    dispatched += 1
+    return state._replace(step=state.step + 1), {"loss": np.float32(2.5)}
+
+steps, path = int(sys.argv[1]), sys.argv[2]
+state = train.TrainState(np.int32(0), None, None)
+try:
+    train.fit(step_fn, state, lambda step: None, steps=steps, key=None, metrics_path=path,
+              title="both parts", tokens_per_step=64)
+except KeyboardInterrupt:
+    print("interrupted after", dispatched)
+    raise
+"""
+
+
+def test_terminal_shows_a_bar_and_survives_control_c(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-c", RUN, "100000", str(path)]
+    environment = os.environ | {"TERM": "xterm", "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True,
+        stdin=slave, stdout=subprocess.PIPE, stderr=slave, text=True,
+    ) as child:  # fmt: skip
+        os.close(slave)
+        screen = b""
+        interrupted = False
+        while True:
+            try:
+                received = os.read(master, 4096)
+            except OSError:  # Linux says EIO when the other side has closed
+                break
+            if not received:
+                break
+            screen += received
+            if not interrupted and b"tokens/s" in screen:
+                os.write(master, b"\x03")
+                interrupted = True
+        output = child.communicate()[0]
+    os.close(master)
+    text = screen.decode()
+    assert re.search(r"both parts.*━.*/100000.*loss 2\.5000.*tokens/s.*ETA \d+:", text)
+    assert "\x1b[?25l" in text, "the bar hides the cursor"
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is shown again"
+    assert "KeyboardInterrupt" in text[text.rindex("\x1b[?25h") :]
+    assert child.returncode != 0
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == list(range(len(steps)))
+    dispatched = int(output.removeprefix("interrupted after "))
+    # The signal may land inside step_fn, after its work and before it has returned anything.
+    assert dispatched - len(steps) in (0, 1)
+
+
+def test_pipe_shows_plain_lines_on_standard_error(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-c", RUN, "41", str(tmp_path / "metrics.jsonl")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "\x1b" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) <= 20
+    assert all(line.startswith("both parts  step ") for line in lines)
+    assert "step 41/41  loss 2.5000" in lines[-1]
