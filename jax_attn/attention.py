@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_attn.dot_product import Score, check_mask, check_sizes, dot_product_attention
 from jax_attn.mask_types import Mask
 from jax_attn.masks import prefix
 from jax_attn.norm import rms_norm
-from jax_attn.params import Leaves, Params, check_leaves, draw, normal, ones, zeros
+from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in, ones, zeros
 from jax_attn.rope import Rope, rotate
 from jax_attn.shapes import dims, floating
 
@@ -19,10 +20,10 @@ def attention_leaves(
 ) -> Leaves:
     """Declare the leaves of an attention layer; arguments as in `init_attention`."""
     leaves: dict[str, Any] = {
-        "wq_DNH": normal(D**-0.5),
-        "wk_DKH": normal(D**-0.5),
-        "wv_DKE": normal(D**-0.5),
-        "wo_NED": normal((N * E) ** -0.5),
+        "wq_DNH": fan_in(D),
+        "wk_DKH": fan_in(D),
+        "wv_DKE": fan_in(D),
+        "wo_NED": fan_in(N, E),
     }
     if bias:
         leaves |= {"bq_NH": zeros, "bk_KH": zeros, "bv_KE": zeros, "bo_D": zeros}
@@ -111,7 +112,9 @@ def project_qkv(
     sizes = dims(x_BTD=x_BTD, **params)
     floating(x_BTD=x_BTD, kv_BSD=kv_BSD, **params)
     dims(x_BTD=x_BTD, kv_BSD=kv_BSD)
-    if kv_BSD is not None and (rope is not None and position_BT is not None):
+    if position_BT is not None and rope is None:
+        raise ValueError("position_BT is read by rope alone, and rope is None")
+    if position_BT is not None and kv_BSD is not None:
         raise ValueError("position_BT with kv_BSD: the keys' positions would be unknown")
     source_BSD = x_BTD if kv_BSD is None else kv_BSD
     q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, params["wq_DNH"])
@@ -167,7 +170,8 @@ def attention(
       rope: turns queries and keys by their positions; see `jax_attn.rope`.
       position_BT: positions for RoPE, B may be 1; default q_offset + t. Masks do not read it.
       cache: {"k_BSKH", "v_BSKE"}: x's keys and values are written at q_offset, and queries attend
-        to the q_offset + T first entries. See `jax_attn.decode`.
+        to the q_offset + T first entries. See `jax_attn.decode`. If they do not fit, y is NaN
+        where q_offset is traced, and an error is raised where it is an int.
       mask, bias_BNTS, score, scale, softcap, q_offset, dropout_rate, dropout_key, implementation:
         as in `dot_product_attention`.
     Returns: y_BTD; with a cache (y_BTD, {"cache": updated}).
@@ -212,6 +216,10 @@ def attention(
         y_BTD = jnp.einsum("BTNE,NED->BTD", o_BTNE, params["wo_NED"])
         if "bo_D" in params:
             y_BTD = y_BTD + params["bo_D"][None, None]
+        if cache is not None:
+            # The write would be moved back to fit, over entries that are needed.
+            full = q_offset + x_BTD.shape[1] > cache["k_BSKH"].shape[1]
+            y_BTD = jnp.where(full, jnp.nan, y_BTD)
     return y_BTD if cache is None else (y_BTD, {"cache": cache})
 
 
@@ -219,9 +227,12 @@ def _write(cache: Params, name: str, new: jax.Array, q_offset: Any) -> jax.Array
     old = cache[name]
     if old.ndim != 4 or old.shape[:1] + old.shape[2:] != new.shape[:1] + new.shape[2:]:
         raise ValueError(f"cache {name} has shape {old.shape}, new entries have {new.shape}")
-    if isinstance(q_offset, int) and q_offset + new.shape[1] > old.shape[1]:
-        raise ValueError(
-            f"cache {name} has S={old.shape[1]}, too short for q_offset={q_offset} + "
-            f"T={new.shape[1]} tokens"
-        )
+    if isinstance(q_offset, int | np.integer):
+        if q_offset < 0:
+            raise ValueError(f"q_offset must be >= 0 with a cache, got {q_offset}")
+        if q_offset + new.shape[1] > old.shape[1]:
+            raise ValueError(
+                f"cache {name} has S={old.shape[1]}, too short for q_offset={q_offset} + "
+                f"T={new.shape[1]} tokens"
+            )
     return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), q_offset, axis=1)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_attn import dropout
 from jax_attn.attention import attention
 from jax_attn.mixing import static_mixer
 from jax_attn.mlp import mlp
@@ -122,7 +123,7 @@ def block(
             raise ValueError(f"block: params has {name!r} but not the part it belongs to")
     dims(x_BTD=x_BTD)
     floating(x_BTD=x_BTD)
-    _check_dropout(dropout_rate, dropout_key)
+    dropout.check(dropout_rate, dropout_key)
     if cache is not None and "mixer" in params:
         raise ValueError("block: a static mixer mixes positions, not keys; it cannot use a cache")
 
@@ -204,7 +205,8 @@ def stack(
         blocks' inputs; "dots", everything but matrix products with parameters.
       x_BTD, attend, mix, feed, q_offset, dropout_rate: as in `block`.
     Returns: (x_BTD, aux), aux as in `block` with a leading L.
-    Raises: ValueError naming the argument; leaves whose L differ are named with both sizes.
+    Raises: ValueError naming the argument; leaves whose L differ are named with both sizes; if a
+      block returns another dtype than it got.
     Example:
       >>> from functools import partial
       >>> from jax_attn import init_mlp
@@ -220,7 +222,7 @@ def stack(
 
     def layer(x_BTD: jax.Array, per_layer: Any) -> Any:
         block_params, block_cache, key = per_layer
-        return block(
+        y_BTD, aux = block(
             block_params,
             x_BTD,
             attend=attend,
@@ -231,6 +233,12 @@ def stack(
             dropout_rate=dropout_rate,
             dropout_key=key,
         )
+        if y_BTD.dtype != x_BTD.dtype:
+            raise ValueError(
+                f"stack: x_BTD is {x_BTD.dtype} but a block returns {y_BTD.dtype}; cast x_BTD or "
+                f"the parameters"
+            )
+        return y_BTD, aux
 
     if remat is not None:
         layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
@@ -249,10 +257,3 @@ def _layers(params: Params) -> int:
                 f"{jax.tree_util.keystr(first_path)} has L={first.shape[0]}"
             )
     return first.shape[0]
-
-
-def _check_dropout(rate: Any, key: Any) -> None:
-    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout_rate must be a number in [0, 1), got {rate!r}")
-    if rate > 0.0 and key is None:
-        raise ValueError(f"dropout_rate={rate} needs a dropout_key")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jax_attn.language_model import language_model
 from jax_attn.params import Params
-from jax_attn.shapes import dims, integer
+from jax_attn.shapes import dims, floating, integer
 
 Model = Callable[..., Any]
 
@@ -71,9 +71,10 @@ def extend(
     if room < sizes.T:
         raise ValueError(f"tokens_BT has T={sizes.T} but the cache has S={room}")
     logits_BTV, aux = model(params, tokens_BT, cache=cache["layers"], q_offset=cache["length"])
-    length = cache["length"] + sizes.T
-    logits_BTV = logits_BTV + jnp.where(length > room, jnp.nan, 0.0)
-    return logits_BTV, {"layers": aux["attention"]["cache"], "length": length}
+    return logits_BTV, {
+        "layers": aux["attention"]["cache"],
+        "length": cache["length"] + sizes.T,
+    }
 
 
 def sample(
@@ -87,36 +88,40 @@ def sample(
     """Draw one token a sequence.
 
     p = softmax(logits / temperature), restricted to the top_k most probable tokens, then to the
-    smallest set of them whose mass reaches top_p (nucleus, arXiv:1904.09751).
+    smallest set of them whose mass reaches top_p (nucleus, arXiv:1904.09751). Ties at a border
+    stay in.
 
     Args:
       key: a jax.random key; may be None at temperature 0.
       logits_BV: of the next token.
       temperature: 0 takes the most probable token.
-      top_k: int from 1 to V, or None. Ties at the border stay in.
+      top_k: int from 1 to V, or None.
       top_p: in (0, 1], or None. The most probable token always stays.
-    Returns: int32 [B].
+    Returns: int32 [B]; -1, which is no token, where a logit is NaN.
     Raises: ValueError naming the argument.
     Example:
       >>> sample(None, jnp.array([[0.0, 2.0, 1.0]]), temperature=0.0).tolist()
       [1]
     """
     sizes = dims(logits_BV=logits_BV)
+    floating(logits_BV=logits_BV)
     _check_sampling(key, temperature, top_k, top_p, sizes.V)
+    unknown_B = jnp.isnan(logits_BV).any(axis=-1)
     if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return jnp.where(unknown_B, -1, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
     assert key is not None
     logits_BV = logits_BV.astype(jnp.float32) / temperature
     if top_k is not None:
         least = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # at 1 rounding of the sum could drop a token
         falling = jnp.sort(logits_BV, axis=-1, descending=True)
         p = jax.nn.softmax(falling, axis=-1)
         before = jnp.cumsum(p, axis=-1) - p
         least = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    token_B = jax.random.categorical(key, logits_BV, axis=-1)
+    return jnp.where(unknown_B, -1, token_B).astype(jnp.int32)
 
 
 def generate(
@@ -136,11 +141,12 @@ def generate(
       params: of the model.
       prompt_BT: int tokens, T >= 1, all sequences of the same length.
       steps: tokens to add, >= 1.
-      key: a jax.random key; step i of sequence b is a pure function of (key, i, b's logits). May
-        be None at temperature 0.
+      key: a jax.random key; token i of sequence b is a pure function of (key, i, b, its
+        logits). May be None at temperature 0.
       temperature, top_k, top_p: see `sample`.
       model: `language_model` with its options bound.
-    Returns: int32 [B, T + steps], the prompt included.
+    Returns: int32 [B, T + steps], the prompt included; -1 from where logits are NaN, which an
+      unknown token in the prompt causes.
     Raises: ValueError naming the argument, the letter and both sizes.
     Example:
       >>> from functools import partial
@@ -156,8 +162,16 @@ def generate(
         raise ValueError("prompt_BT has T=0; give at least one token")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be an int >= 1, got {steps!r}")
+    if "embed_VD" not in params:
+        raise ValueError(f"generate: leaf 'embed_VD' is missing; params has: {', '.join(params)}")
     _check_sampling(key, temperature, top_k, top_p, params["embed_VD"].shape[0])
-    cache = init_cache(params, sizes.B, sizes.T + steps)
+    fed = sizes.T + steps - 1  # the last token made is not read again
+    if "position_TD" in params and params["position_TD"].shape[0] < fed:
+        raise ValueError(
+            f"prompt_BT has T={sizes.T}, which with steps={steps} needs {fed} positions, but "
+            f"position_TD has T={params['position_TD'].shape[0]}"
+        )
+    cache = init_cache(params, sizes.B, fed)
     logits_BTV, cache = extend(params, prompt_BT, cache, model=model)
     keys = jax.random.split(jax.random.key(0) if key is None else key, steps)
 

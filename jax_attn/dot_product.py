@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_attn import softmax
+from jax_attn import dropout, softmax
 from jax_attn.kernels import dense
 from jax_attn.mask_types import Mask
 from jax_attn.masks import dense as dense_mask
@@ -67,7 +67,8 @@ def dot_product_attention(
     """
     sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, sinks_N)
     mask = check_mask(mask, sizes)
-    _check_options(score, softcap, q_offset, dropout_rate, dropout_key)
+    _check_options(score, scale, softcap, q_offset)
+    dropout.check(dropout_rate, dropout_key)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
@@ -118,7 +119,7 @@ def dense_weights(
     """
     sizes = check_sizes(q_BTNH, k_BSKH, None, bias_BNTS, sinks_N)
     mask = check_mask(mask, sizes)
-    _check_options(score, softcap, q_offset, 0.0, None)
+    _check_options(score, scale, softcap, q_offset)
     b, n, t, s = dense.indices(sizes)
     s_BNTS = dense.final_logits(
         q_BTNH,
@@ -162,17 +163,19 @@ def check_mask(mask: Any, sizes: Sizes) -> Mask | None:
     return mask
 
 
-def _check_options(
-    score: Any, softcap: Any, q_offset: Any, dropout_rate: Any, dropout_key: Any
-) -> None:
+def _check_options(score: Any, scale: Any, softcap: Any, q_offset: Any) -> None:
     if score is not None and not callable(score):
         raise ValueError(f"score must be a function (logits, b, n, t, s), got {score!r}")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not isinstance(value, int | float):
+            if not jnp.isrealobj(value) or not hasattr(value, "dtype"):
+                raise ValueError(f"{name} must be a real scalar, got {value!r}")
+            if value.ndim:
+                raise ValueError(f"{name} must be a real scalar, got shape {value.shape}")
     if isinstance(softcap, int | float) and not softcap > 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+    if not isinstance(q_offset, int) and not hasattr(q_offset, "dtype"):
+        raise ValueError(f"q_offset must be an int, got {q_offset!r}")
     if jnp.ndim(q_offset) != 0:
         raise ValueError(f"q_offset must be a scalar, got shape {jnp.shape(q_offset)}")
     integer(q_offset=jnp.asarray(q_offset))
-    if not isinstance(dropout_rate, int | float) or not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"dropout_rate must be a number in [0, 1), got {dropout_rate!r}")
-    if dropout_rate > 0.0 and dropout_key is None:
-        raise ValueError(f"dropout_rate={dropout_rate} needs a dropout_key")

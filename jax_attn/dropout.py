@@ -39,6 +39,22 @@ def keep(key: jax.Array, rate: float, b: Any, n: Any, t: Any, s: Any) -> jax.Arr
     return state >= jnp.uint32(int(rate * 2**32))
 
 
+def check(rate: Any, key: Any) -> None:
+    """Raise ValueError unless `rate` is in [0, 1) and, above 0, `key` is one jax.random key."""
+    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate must be a number in [0, 1), got {rate!r}")
+    if rate == 0.0:
+        return
+    if key is None:
+        raise ValueError(f"dropout_rate={rate} needs a dropout_key")
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and dtype != jnp.uint32:
+        raise ValueError(f"dropout_key must be one jax.random key, got {key!r}")
+    if key.ndim != (0 if typed else 1):
+        raise ValueError(f"dropout_key must be one jax.random key, got shape {key.shape}")
+
+
 def _mix(h: jax.Array) -> jax.Array:
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -12,7 +12,7 @@ from jax_attn.masks import causal
 from jax_attn.mixing import static_mixer
 from jax_attn.mlp import mlp
 from jax_attn.norm import init_rms_norm, norm
-from jax_attn.params import Leaves, Params, check_leaves, draw, normal
+from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in
 from jax_attn.shapes import dims, floating, integer
 
 causal_attention = partial(attention, mask=causal())
@@ -21,11 +21,11 @@ causal_mixer = partial(static_mixer, mask=causal())
 
 def language_model_leaves(D: int, *, T: int | None = None, tied: bool = True) -> Leaves:
     """Declare the leaves outside the blocks; arguments as in `init_language_model`."""
-    leaves: dict[str, Any] = {"embed_VD": normal(D**-0.5)}
+    leaves: dict[str, Any] = {"embed_VD": fan_in(D)}
     if T is not None:
-        leaves["position_TD"] = normal(D**-0.5)
+        leaves["position_TD"] = fan_in(D)
     if not tied:
-        leaves["head_DV"] = normal(D**-0.5)
+        leaves["head_DV"] = fan_in(D)
     return leaves
 
 
@@ -145,5 +145,6 @@ def language_model(
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """Look rows up; an index outside gives NaN, where jnp would clamp or count from behind."""
+    index = index.astype(jnp.promote_types(index.dtype, jnp.int32))  # int8 could not hold V
     index = jnp.where(index < 0, table.shape[0], index)
-    return table.at[index].get(mode="fill", fill_value=jnp.nan)
+    return jnp.asarray(table).at[index].get(mode="fill", fill_value=jnp.nan)

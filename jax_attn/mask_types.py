@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_attn.shapes import Sizes, fits
 
@@ -26,7 +27,13 @@ class Coverage(NamedTuple):
 
 
 class Mask:
-    """What `causal()`, `window()` and the others return: a frozen pytree."""
+    """What `causal()`, `window()` and the others return: a frozen pytree.
+
+    Example:
+      >>> near = Window(None, 0) & Window(1, 1)
+      >>> near.materialize(3, 3)[0, 0].astype(int).tolist()
+      [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, _checked(other))
@@ -190,6 +197,16 @@ class Segments(Mask):
 
     def check(self, sizes):
         fits(sizes, q_ids_BT=self.q_ids_BT, kv_ids_BS=self.kv_ids_BS)
+        # B may be 1, but one id is no id for every key: a decoding step that forgets kv_ids_BS.
+        for name, ids, letter in (
+            ("q_ids_BT", self.q_ids_BT, "T"),
+            ("kv_ids_BS", self.kv_ids_BS, "S"),
+        ):
+            if ids.shape[1:] != sizes[letter]:
+                raise ValueError(
+                    f"{name} has {letter}={ids.shape[1]} but the other arguments have "
+                    f"{letter}={sizes[letter][0]}"
+                )
 
 
 @jax.tree_util.register_dataclass
@@ -330,9 +347,10 @@ def _checked(mask: Any) -> Mask:
 
 
 def _at(array: Any, *index: Any) -> jax.Array:
-    """Index an array whose axes of size 1 broadcast."""
+    """Index an array; its axes of size 1 broadcast, and stay 1 in the result."""
     array = jnp.asarray(array)
-    whole = [i if n > 1 else jnp.zeros_like(i) for i, n in zip(index, array.shape, strict=True)]
+    zero = jnp.zeros((1,) * jnp.ndim(index[0]), jnp.int32)
+    whole = [zero if n == 1 else i for i, n in zip(index, array.shape, strict=True)]
     return array[tuple(whole)]
 
 
@@ -352,4 +370,4 @@ def _smallest(x: Any) -> Any:
 
 
 def _not(x: Any) -> Any:
-    return (not x) if isinstance(x, bool) else jnp.logical_not(x)
+    return (not x) if isinstance(x, bool | np.bool_) else jnp.logical_not(x)

@@ -12,6 +12,7 @@ from types import EllipsisType
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jax_attn.mask_types import Chunks, Dense, Lengths, Mask, Prefix, Segments, Where, Window
 from jax_attn.shapes import dims, integer
@@ -59,6 +60,8 @@ def window(left: int | None, right: int | EllipsisType | None = ...) -> Mask:
     for name, size in (("left", left), ("right", right)):
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
             raise ValueError(f"window: {name} must be an int >= 0 or None, got {size!r}")
+    # Positions are int32: p + right must not wrap where right stands for "no bound".
+    left, right = (None if size is None or size >= 2**30 else size for size in (left, right))
     return Window(left, right)
 
 
@@ -79,11 +82,13 @@ def prefix(n: Any) -> Mask:
       >>> prefix(1).materialize(2, 3)[0, 0].astype(int).tolist()
       [[1, 0, 0], [1, 0, 0]]
     """
+    if not isinstance(n, int) and not hasattr(n, "dtype"):
+        raise ValueError(f"prefix: n must be an int or an int array [B], got {n!r}")
     array = jnp.asarray(n)
     integer(n=array)
     if array.ndim:
         dims(n_B=array)
-    return Prefix(array if array.ndim or not isinstance(n, int) else n)
+    return Prefix(int(n) if isinstance(n, int | np.integer) else array)
 
 
 def chunks(n: int) -> Mask:

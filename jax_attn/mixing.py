@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax_attn import softmax
 from jax_attn.mask_types import Mask
 from jax_attn.mlp import activate
-from jax_attn.params import Leaves, Params, check_leaves, draw, normal
+from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in, normal
 from jax_attn.shapes import dims, floating
 
 
 def static_mixer_leaves(D: int, N: int, E: int, *, learned: bool = True) -> Leaves:
     """Declare the leaves of a static mixer; arguments as in `init_static_mixer`."""
-    leaves = {"wv_DNE": normal(D**-0.5), "wo_NED": normal((N * E) ** -0.5)}
+    leaves = {"wv_DNE": fan_in(D), "wo_NED": fan_in(N, E)}
     return leaves | {"logits_NTS": normal(1.0)} if learned else leaves
 
 
@@ -55,8 +55,8 @@ def init_static_mixer(
       >>> init_static_mixer(jax.random.key(0), D=6, N=2, T=5)["logits_NTS"].shape
       (2, 5, 5)
     """
-    leaves = static_mixer_leaves(D, N, D // N if E is None else E, learned=T is not None)
-    return draw(key, leaves, static_mixer_sizes(D, N, T, E), dtype)
+    sizes = static_mixer_sizes(D, N, T, E)
+    return draw(key, static_mixer_leaves(D, N, sizes["E"], learned=T is not None), sizes, dtype)
 
 
 def static_weights(
@@ -79,6 +79,8 @@ def static_weights(
       [[[1.0, 0.0], [0.5, 0.5]]]
     """
     check_leaves("static_mixer", params, ("wv_DNE", "wo_NED"), ("logits_NTS",))
+    if not isinstance(T, int) or T < 0:
+        raise ValueError(f"T must be an int >= 0, got {T!r}")
     if "logits_NTS" in params and logits_NTS is not None:
         raise ValueError("logits_NTS is both a leaf of params and an option; give one")
     logits_NTS = params.get("logits_NTS", logits_NTS)
@@ -123,8 +125,7 @@ def static_mixer(
       (1, 4, 6)
     """
     check_leaves("static_mixer", params, ("wv_DNE", "wo_NED"), ("logits_NTS",))
-    dims(x_BTD=x_BTD)
-    dims(x_BTD=x_BTD[:, :0], **{k: v for k, v in params.items() if k != "logits_NTS"})
+    dims(x_BTD=x_BTD, **{k: v for k, v in params.items() if k != "logits_NTS"})
     floating(x_BTD=x_BTD, **params)
     with jax.named_scope("static_mixer"):
         weights_NTS = static_weights(params, x_BTD.shape[1], mask=mask, logits_NTS=logits_NTS)
@@ -149,7 +150,7 @@ def init_token_mlp(key: jax.Array, T: int, F: int, *, dtype: Any = jnp.float32) 
       >>> init_token_mlp(jax.random.key(0), T=5, F=10)["w_in_SF"].shape
       (5, 10)
     """
-    leaves = {"w_in_SF": normal(T**-0.5), "w_out_FT": normal(F**-0.5)}
+    leaves = {"w_in_SF": fan_in(T), "w_out_FT": fan_in(F)}
     return draw(key, leaves, {"S": T, "T": T, "F": F}, dtype)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_attn.params import Leaves, Params, check_leaves, draw, normal, zeros
+from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in, zeros
 from jax_attn.shapes import dims, floating
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -39,7 +39,7 @@ def activate(name: str, x: jax.Array) -> jax.Array:
 def mlp_leaves(D: int, F: int, *, bias: bool = False) -> Leaves:
     """Declare the leaves of an MLP; arguments as in `init_mlp`."""
     biases = {"b_in_F": zeros, "b_out_D": zeros} if bias else {}
-    return {"w_in_DF": normal(D**-0.5), "w_out_FD": normal(F**-0.5)} | biases
+    return {"w_in_DF": fan_in(D), "w_out_FD": fan_in(F)} | biases
 
 
 def init_mlp(
@@ -93,9 +93,9 @@ def mlp(params: Params, x_BTD: jax.Array, *, activation: str = "gelu") -> jax.Ar
 def gated_mlp_leaves(D: int, F: int) -> Leaves:
     """Declare the leaves of a gated MLP; arguments as in `init_gated_mlp`."""
     return {
-        "w_gate_DF": normal(D**-0.5),
-        "w_in_DF": normal(D**-0.5),
-        "w_out_FD": normal(F**-0.5),
+        "w_gate_DF": fan_in(D),
+        "w_in_DF": fan_in(D),
+        "w_out_FD": fan_in(F),
     }
 
 

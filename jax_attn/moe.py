@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_attn.mlp import activate
-from jax_attn.params import Leaves, Params, check_leaves, draw, normal
+from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in
 from jax_attn.shapes import dims, floating
 
 
@@ -18,6 +18,11 @@ class Routing(NamedTuple):
         expert; 1 if balanced (arXiv:2101.03961).
       router_z: mean of (log Σ_x e^logit_x)² (arXiv:2202.08906).
       load_X: share of assignments each expert received; sums to 1.
+    Example:
+      >>> params = init_moe(jax.random.key(0), D=6, F=16, X=4)
+      >>> routing = moe(params, jnp.ones((1, 2, 6)))[1]["routing"]
+      >>> routing.load_X.shape
+      (4,)
     """
 
     load_balance: jax.Array
@@ -28,11 +33,11 @@ class Routing(NamedTuple):
 def moe_leaves(D: int, F: int, *, gated: bool = True) -> Leaves:
     """Declare the leaves of a mixture of experts; arguments as in `init_moe`."""
     leaves = {
-        "router_DX": normal(D**-0.5),
-        "w_in_XDF": normal(D**-0.5),
-        "w_out_XFD": normal(F**-0.5),
+        "router_DX": fan_in(D),
+        "w_in_XDF": fan_in(D),
+        "w_out_XFD": fan_in(F),
     }
-    return leaves | {"w_gate_XDF": normal(D**-0.5)} if gated else leaves
+    return leaves | {"w_gate_XDF": fan_in(D)} if gated else leaves
 
 
 def init_moe(
@@ -69,7 +74,7 @@ def moe(
         y = Σ_{x in top k of p} p_x · expert_x(token),  p = softmax(token · router)
 
     Tokens are sorted by expert and multiplied in groups (`jax.lax.ragged_dot`), so no token is
-    dropped whatever the load. The router runs in float32.
+    dropped whatever the load. The router runs in float32 or wider.
 
     Args:
       params: from `init_moe`; experts are gated if leaf w_gate_XDF is present.
@@ -93,11 +98,8 @@ def moe(
         raise ValueError(f"k must be an int from 1 to X={sizes.X} experts, got {k!r}")
 
     with jax.named_scope("route"):
-        logits_BTX = jnp.einsum(
-            "BTD,DX->BTX",
-            x_BTD.astype(jnp.float32),
-            params["router_DX"].astype(jnp.float32),
-        )
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        logits_BTX = jnp.einsum("BTD,DX->BTX", x_BTD.astype(wide), params["router_DX"].astype(wide))
         logits = logits_BTX.reshape(-1, sizes.X)
         probability = jax.nn.softmax(logits, axis=-1)
         weight, expert = jax.lax.top_k(probability, k)
@@ -108,15 +110,23 @@ def moe(
         group_X = jnp.bincount(expert.reshape(-1), length=sizes.X).astype(jnp.int32)
         load_X = group_X / max(expert.size, 1)
 
+    # ragged_dot has no vmap over its rows alone. Tied to the groups the weights are batched along
+    # with them; XLA knows that an int equals itself, so the tie is gone once compiled.
+    tie_X = group_X == group_X
+
+    def grouped(rows: jax.Array, experts: jax.Array) -> jax.Array:
+        experts = jnp.where(tie_X[:, None, None], experts, jnp.zeros_like(experts))
+        return jax.lax.ragged_dot(rows, experts, group_X)
+
     with jax.named_scope("experts"):
         rows = x_BTD.reshape(-1, sizes.D)[order // k]
-        hidden = jax.lax.ragged_dot(rows, params["w_in_XDF"], group_X)
+        hidden = grouped(rows, params["w_in_XDF"])
         if "w_gate_XDF" in params:
-            gate = jax.lax.ragged_dot(rows, params["w_gate_XDF"], group_X)
+            gate = grouped(rows, params["w_gate_XDF"])
             hidden = activate(activation, gate) * hidden
         else:
             hidden = activate(activation, hidden)
-        made = jax.lax.ragged_dot(hidden, params["w_out_XFD"], group_X)
+        made = grouped(hidden, params["w_out_XFD"])
         # Back to the order of the tokens by a gather, not a scatter-add: the sum over a token's
         # experts then has a fixed order, and the result is the same in every run.
         back = jnp.argsort(order)

@@ -5,6 +5,7 @@ its name. The functions and the Flax shells read the same table, so one tree ser
 """
 
 import difflib
+import math
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -33,6 +34,19 @@ def normal(std: float) -> Initializer:
       (3, 5)
     """
     return jax.nn.initializers.normal(std)
+
+
+def fan_in(*sizes: int) -> Initializer:
+    """Return an initializer that draws from a normal distribution of variance 1 / fan-in.
+
+    Args:
+      sizes: of the axes that are summed over. One below 1 is left to `draw` to name.
+    Returns: a function (key, shape, dtype) -> array.
+    Example:
+      >>> fan_in(3)(jax.random.key(0), (3, 5), jnp.float32).shape
+      (3, 5)
+    """
+    return normal(max(math.prod(sizes), 1) ** -0.5)
 
 
 def draw(

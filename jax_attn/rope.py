@@ -22,6 +22,10 @@ class Rope(NamedTuple):
       frequency_H: radians per position, float32; the second half repeats the first. A frequency
         of 0 leaves its coordinates unturned, so zeros make a partial rotary embedding.
       magnitude: factor on rotated queries and on rotated keys (yarn's temperature); else 1.
+    Example:
+      >>> half = Rope(plain(4).frequency_H * [1, 0, 1, 0])  # the second pair stays unturned
+      >>> [round(float(w), 2) for w in half.frequency_H]
+      [1.0, 0.0, 1.0, 0.0]
     """
 
     frequency_H: np.ndarray
@@ -149,7 +153,7 @@ def rotate(x_BTNH: jax.Array, rope: Rope, position_BT: jax.Array) -> jax.Array:
       x_BTNH: queries or keys, any number of heads.
       rope: what `plain`, `linear`, `llama3` or `yarn` returned for this H.
       position_BT: positions, int or float; B may be 1.
-    Returns: [B,T,N,H], dtype of x; angles and products are float32.
+    Returns: [B,T,N,H], dtype of x; angles and products are float32 or wider.
     Raises: ValueError naming the argument, the letter and both sizes.
     Example:
       >>> x_BTNH = jnp.ones((2, 3, 5, 4))
@@ -164,9 +168,10 @@ def rotate(x_BTNH: jax.Array, rope: Rope, position_BT: jax.Array) -> jax.Array:
         raise ValueError(
             f"position_BT has shape {position_BT.shape} but x_BTNH has B={sizes.B}, T={sizes.T}"
         )
-    frequency = jnp.asarray(rope.frequency_H, jnp.float32)
-    angle_BTNH = position_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
+    frequency = jnp.asarray(rope.frequency_H, wide)
+    angle_BTNH = position_BT.astype(wide)[:, :, None, None] * frequency[None, None, None, :]
+    first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
     turned_BTNH = jnp.concatenate([-second, first], axis=-1)
     y_BTNH = x_BTNH * jnp.cos(angle_BTNH) + turned_BTNH * jnp.sin(angle_BTNH)
     return (y_BTNH * rope.magnitude).astype(x_BTNH.dtype)

@@ -53,11 +53,12 @@ class Sizes(chex.Dimensions):
     L: int
     X: int
 
-    def _setdim(self, dim: str, size: int | None) -> None:
+    def __setattr__(self, dim: str, size: int) -> None:
+        # Every way to bind a letter ends here: Sizes(B=2), sizes["B"] = (2,), sizes.B = 2.
         known = getattr(self, dim, size)
         if known != size:
             raise ValueError(f"{dim}={size} but {dim}={known} is known already")
-        super()._setdim(dim, size)
+        super().__setattr__(dim, size)
 
 
 def axes(name: str) -> str:
@@ -134,10 +135,11 @@ def fits(sizes: Sizes, **arrays: Any) -> None:
                 f"but has rank {len(shape)}: shape {shape}"
             )
         for letter, size in zip(letters, shape, strict=True):
-            if size not in (1, sizes.size(letter)):
+            (known,) = sizes[letter]  # not sizes.size(letter), which refuses 0
+            if size not in (1, known):
                 raise ValueError(
                     f"{name} has {letter}={size}, which neither is 1 nor equals "
-                    f"{letter}={sizes.size(letter)} of the other arguments"
+                    f"{letter}={known} of the other arguments"
                 )
 
 
@@ -197,6 +199,8 @@ def shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
       >>> shape("wq_DNH", {"D": 768, "N": 12, "H": 64})
       (768, 12, 64)
     """
+    if not axes(name):
+        raise ValueError(f"{name} has no axis suffix such as _DF, so it has no shape")
     for letter in axes(name):
         size = sizes.get(letter)
         if size is None:

@@ -84,25 +84,16 @@ def sink(logit: jax.Array, like: Summary) -> Summary:
     """Summarise one more key that has a logit but no value: a learned sink.
 
     Args:
-      logit: broadcastable to the rows of `like`.
+      logit: broadcastable to the rows of `like`; -inf for no sink.
       like: a summary with the wanted shapes.
-    Returns: maximum = logit, total = square = 1, value = shifted = 0.
+    Returns: maximum = logit, total = square = 1, value = shifted = 0; `empty` where logit = -inf.
     Example:
       >>> part = summarize(jnp.zeros((5, 3)), lambda e_TS: e_TS)
       >>> float(merge(sink(jnp.zeros(1), part), part).total[0])
       4.0
     """
-    # The maximum carries no gradient, so the logit's must flow through its weight, e^(z - z).
-    zero = jax.tree.map(jnp.zeros_like, like)
     row = jnp.broadcast_to(logit.astype(like.total.dtype), like.total.shape)
-    gap = row - jax.lax.stop_gradient(row)
-    weight = jnp.exp(gap)
-    return zero._replace(
-        maximum=jax.lax.stop_gradient(row),
-        total=weight,
-        shifted=weight * gap,
-        square=jnp.square(weight),
-    )
+    return summarize(row[..., None], lambda _: jax.tree.map(jnp.zeros_like, like.value))
 
 
 def merge(left: Summary, right: Summary) -> Summary:
@@ -124,8 +115,6 @@ def merge(left: Summary, right: Summary) -> Summary:
     parts = []
     for part in (left, right):
         there = part.maximum > -jnp.inf
-        # NaN compares false: let it through rather than turn a poisoned row into an empty one.
-        there = there | jnp.isnan(part.maximum)
         delta = jnp.where(there, part.maximum - jnp.where(there, maximum, 0.0), 0.0)
         rescale = jnp.where(there, jnp.exp(delta), 0.0)
         parts.append(
@@ -133,7 +122,8 @@ def merge(left: Summary, right: Summary) -> Summary:
                 maximum,
                 rescale * part.total,
                 jax.tree.map(lambda leaf, r=rescale: _rows(r, leaf) * leaf, part.value),
-                rescale * (part.shifted + delta * part.total),
+                # Not r·(shifted + δ·total): δ·total overflows where finfo.min stands for -inf.
+                rescale * part.shifted + rescale * delta * part.total,
                 jnp.square(rescale) * part.square,
             )
         )

@@ -28,7 +28,7 @@ def final_logits(
     Arguments as in `dot_product_attention`, checked there; `sizes` holds its B, T, S, N, K, G.
     Returns: [B,N,T,S], float32 or wider; -inf where a pair is masked.
     """
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    wide = jnp.promote_types(jnp.promote_types(q_BTNH.dtype, k_BSKH.dtype), jnp.float32)
     q_BTKGH = q_BTNH.reshape(sizes["BTKGH"])
     s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
     s_BNTS = s_BKGTS.reshape(sizes["BNTS"]) * jnp.asarray(scale, wide)
@@ -103,10 +103,10 @@ def attend(
             b, n, t, s = indices(sizes)
             kept = dropout.keep(dropout_key, dropout_rate, b, n, t + q_offset, s)
             e_BNTS = jnp.where(kept, e_BNTS / (1.0 - dropout_rate), 0.0)
-        e_BKGTS = e_BNTS.reshape(sizes["BKGTS"]).astype(v_BSKE.dtype)
-        o_BKGTE = jnp.einsum(
-            "BKGTS,BSKE->BKGTE", e_BKGTS, v_BSKE, preferred_element_type=s_BNTS.dtype
-        )
+        e_BKGTS = e_BNTS.reshape(sizes["BKGTS"])
+        # In the probabilities' dtype: rounding them to bfloat16 would round their cotangents too,
+        # and the rows of the logits' gradient would no longer sum to 0.
+        o_BKGTE = jnp.einsum("BKGTS,BSKE->BKGTE", e_BKGTS, v_BSKE.astype(e_BKGTS.dtype))
         return o_BKGTE.reshape(sizes["BNTE"])
 
     with jax.named_scope("mix"):

@@ -1,0 +1,93 @@
+"""Attention and MLP blocks as pure functions, made to be measured."""
+
+from jax_attn import data, masks, rope, softmax, train
+from jax_attn.alibi import alibi, alibi_slopes
+from jax_attn.attention import attention, init_attention, project_qkv
+from jax_attn.block import block, init_block, init_stack, stack
+from jax_attn.decode import extend, generate, init_cache, sample
+from jax_attn.dot_product import dense_weights, dot_product_attention
+from jax_attn.language_model import init_language_model, language_model
+from jax_attn.masks import (
+    Mask,
+    causal,
+    chunks,
+    dense,
+    lengths,
+    prefix,
+    segments,
+    where,
+    window,
+)
+from jax_attn.mixing import (
+    init_static_mixer,
+    init_token_mlp,
+    static_mixer,
+    static_weights,
+    token_mlp,
+)
+from jax_attn.mlp import gated_mlp, init_gated_mlp, init_mlp, mlp
+from jax_attn.moe import Routing, init_moe, moe
+from jax_attn.norm import init_layer_norm, init_rms_norm, norm, rms_norm
+from jax_attn.params import check_leaves, count, draw
+from jax_attn.rope import Rope, rotate
+from jax_attn.shapes import ALPHABET, Sizes, axes, dims, spec
+
+__all__ = [
+    "ALPHABET",
+    "Mask",
+    "Rope",
+    "Routing",
+    "Sizes",
+    "alibi",
+    "alibi_slopes",
+    "attention",
+    "axes",
+    "block",
+    "causal",
+    "check_leaves",
+    "chunks",
+    "count",
+    "data",
+    "dense",
+    "dense_weights",
+    "dims",
+    "dot_product_attention",
+    "draw",
+    "extend",
+    "gated_mlp",
+    "generate",
+    "init_attention",
+    "init_block",
+    "init_cache",
+    "init_gated_mlp",
+    "init_language_model",
+    "init_layer_norm",
+    "init_mlp",
+    "init_moe",
+    "init_rms_norm",
+    "init_stack",
+    "init_static_mixer",
+    "init_token_mlp",
+    "language_model",
+    "lengths",
+    "masks",
+    "mlp",
+    "moe",
+    "norm",
+    "prefix",
+    "project_qkv",
+    "rms_norm",
+    "rope",
+    "rotate",
+    "sample",
+    "segments",
+    "softmax",
+    "spec",
+    "stack",
+    "static_mixer",
+    "static_weights",
+    "token_mlp",
+    "train",
+    "where",
+    "window",
+]
