@@ -13,6 +13,14 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Contracts are not test files, but their asserts should say as much.
+pytest.register_assert_rewrite(
+    "tests.attention_contract",
+    "tests.derivatives_contract",
+    "tests.masked_contract",
+    "tests.oracle",
+)
+
 # The first example of a shape compiles, so time says nothing about an example.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
