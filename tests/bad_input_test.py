@@ -117,7 +117,7 @@ BAD = [
     (call(a.window, -1), r"left must be an int >= 0 or None, got -1"),
     (call(a.window, 1, 2.0), r"right must be an int >= 0 or None, got 2.0"),
     (call(a.window, True), r"left must be an int >= 0"),
-    (call(a.prefix, 1.5), r"n must be integers, got float32"),
+    (call(a.prefix, 1.5), r"prefix: n must be an int or an int array \[B\], got 1.5"),
     (call(a.prefix, i(2, 2)), r"n_B needs rank 1"),
     (call(a.chunks, 0), r"n must be an int >= 1, got 0"),
     (call(a.segments, i(5)), r"q_ids_BT needs rank 2"),

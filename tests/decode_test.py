@@ -201,6 +201,21 @@ def test_an_unknown_token_in_the_prompt_is_not_continued() -> None:
     assert (made[1:] >= 0).all()
 
 
+def test_what_was_not_written_is_not_read() -> None:
+    # With no mask, or one that would allow more, attention reads what the cache holds.
+    params = draw(partial(init_attention, D=D, N=2))
+    x_BTD = jnp.asarray(RNG.standard_normal((B, 4, D)), jnp.float32)
+    plain = attention(params, x_BTD)
+    with jax.enable_x64(True):
+        exact = attention(cast(params, np.float64), cast(x_BTD, np.float64))
+    for rest in (0.0, 3.0, np.nan):
+        held = {name: jnp.full((B, 9, 2, 7), rest) for name in ("k_BSKH", "v_BSKE")}
+        for mask in (None, window(9)):
+            _, aux = attention(params, x_BTD[:, :1], mask=mask, cache=held, q_offset=0)
+            made, _ = attention(params, x_BTD[:, 1:], mask=mask, cache=aux["cache"], q_offset=1)
+            assert_near(made, exact[:, 1:], plain[:, 1:])
+
+
 def test_cache_has_the_sizes_of_keys_and_values() -> None:
     params, _, step, _ = make("gqa")
     cache = init_cache(params, B, 9, jnp.bfloat16)

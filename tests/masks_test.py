@@ -292,7 +292,7 @@ def test_masks_are_frozen() -> None:
         (lambda: window(True), "window: left must be an int >= 0 or None, got True"),
         (lambda: chunks(0), "chunks: n must be an int >= 1, got 0"),
         (lambda: chunks(any_kind(2.0)), "chunks: n must be an int >= 1, got 2.0"),
-        (lambda: prefix(2.0), "n must be integers, got float32"),
+        (lambda: prefix(2.0), "prefix: n must be an int or an int array"),
         (lambda: prefix(True), "n must be integers, got bool"),
         (lambda: prefix(np.ones((2, 3), int)), "n_B needs rank 1"),
         (lambda: segments(np.ones(3, int)), "q_ids_BT needs rank 2"),

@@ -200,7 +200,7 @@ def test_leading_axes_are_rows_and_trailing_axes_are_values() -> None:
         jnp.asarray(random.normal(size=size), jnp.float32) for size in ((2, 5, 7), (2, 7, 3, 11))
     )
     one, other = (
-        summarize(s[..., i], lambda e, i=i: jnp.einsum("bts,bsxy->btxy", e, v[:, i]))
+        summarize(s[..., i], lambda e, i=i: jnp.einsum("BTS,BSNE->BTNE", e, v[:, i]))
         for i in (slice(3), slice(3, None))
     )
     done = finish(merge(one, other))
