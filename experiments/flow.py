@@ -6,7 +6,9 @@ frozen at its random init. Measures the claims C1 to C10 on them and says of eac
 
 Command: python -m experiments.flow            (or: make demo)
 Minutes: 5 on 2 CPU cores; --preset=quick 1; --preset=tpu is meant for an accelerator
-EXPECTED_PLACEHOLDER
+Expected: attention and MLP need far fewer bits per held-out byte than MLP only or static mixer and
+    MLP (2.7 to 2.9 against more than 3.2). At this size attention only is as good or better, so
+    C10 does not hold: the crossing, if there is one, lies beyond 600 steps of 512 tokens.
 Writes: runs/flow/report.html, *.png, metrics.jsonl, summary.json
 """
 
@@ -64,7 +66,7 @@ class Config:
     B: int = 8
     # On a CPU the backward pass of an exact GELU takes as long as the rest of this model.
     activation: str = "relu"
-    steps: int = 600
+    steps: int = 400
     seeds: int = 3
     learning_rate: float = 4e-3
     warmup: int = 40
@@ -77,7 +79,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"steps": 120, "seeds": 2, "warmup": 10, "eval_every": 20},
+    "quick": {"steps": 60, "seeds": 1, "warmup": 10, "eval_every": 20},
     "tpu": {
         **{"D": 512, "N": 8, "F": 2048, "L": 6, "T": 256, "B": 64, "steps": 5000},
         **{"learning_rate": 1e-3, "warmup": 200, "eval_every": 250, "eval_windows": 512},
