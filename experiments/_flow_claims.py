@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_attn import (
     attention,
+    block,
     causal,
     count,
     data,
@@ -35,12 +36,21 @@ Run = partial[Any]
 
 
 class Claim(NamedTuple):
-    """One statement, what was measured, and whether it held. Nothing here is set by hand."""
+    """One statement, what was measured, and whether it held; None where that is undecided.
+
+    C1, C6 and C7 are true of any such layer by construction: here they fail if the code breaks.
+    The others are findings.
+    """
 
     name: str
     statement: str
     measured: str
-    holds: bool
+    holds: bool | None
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words."""
+        return {True: "holds", False: "does not hold", None: "undecided"}[self.holds]
 
 
 class Measured(NamedTuple):
@@ -50,12 +60,11 @@ class Measured(NamedTuple):
     seen: dict[str, Any]
 
 
-def measure(cfg: Any, trained: dict[str, Any], run: Run, text: data.Text) -> Measured:
+def measure(cfg: Any, trained: dict[str, Any], run: Run, inputs: jax.Array) -> Measured:
     """Measure every claim on the trained models; seed 0 where one model is looked at."""
     full = {when: first(getattr(trained["both"], when)) for when in ("before", "after")}
     static = {when: first(getattr(trained["static"], when)) for when in ("before", "after")}
     line = jnp.asarray(data.encode(LINE[: cfg.T]))[None]
-    inputs = jnp.asarray(data.windows(text.heldout, B=7, T=cfg.T, count=1)[0, :, :-1])
     pair = jnp.stack([jnp.asarray(data.encode(s[-cfg.T :])) for s in (CAT, DOG)])
     maps = partial(attention_maps, run)
     seen = {
@@ -188,7 +197,9 @@ def c4(params: Any, alone: Any, pair: jax.Array, run: Run) -> Claim:
         f"'m' from 't' in two sentences: score differs by {score.max():.2e}; logit by {by_layer} "
         f"in layers 1.. (layer 1 has seen no context yet); 'mat' logits move by {moved:.2f}, "
         f"MLP only by {still:g}",
-        bool((score > 0).all() and moved > 0 and still == 0 and (gap[1:] > gap[0]).all()),
+        bool((score > 0).all() and moved > 0 and still == 0 and (gap[1:] > gap[0]).all())
+        if len(gap) > 1
+        else None,
     )
 
 
@@ -242,19 +253,24 @@ def c6() -> Claim:
 def c7(cfg: Any) -> Claim:
     """Each part has its own random init: swap one, the other stays bit-equal."""
     D = cfg.D
+    heads, feed = partial(init_attention, D=D, N=cfg.N), partial(init_mlp, D=D, F=cfg.F)
 
-    def layer(attention_seed: int, mlp_seed: int) -> Any:
-        return init_block(
-            jax.random.key(0),
-            D,
-            attention=lambda _: init_attention(jax.random.key(attention_seed), D, cfg.N),
-            mlp=lambda _: init_mlp(jax.random.key(mlp_seed), D, cfg.F),
-        )
+    # One key for the block in all three; only one part's initialiser is exchanged.
+    def swapped_init(init: Any) -> Any:
+        return lambda key: init(jax.random.fold_in(key, 1))
 
+    layer = partial(init_block, jax.random.key(0), D)
+    base = layer(attention=heads, mlp=feed)
+    other_mlp = layer(attention=heads, mlp=swapped_init(feed))
+    other_attention = layer(attention=swapped_init(heads), mlp=feed)
     x_BTD = jax.random.normal(jax.random.key(0), (2, 13, D))
-    base, other_mlp, other_attention = layer(1, 2), layer(1, 3), layer(4, 2)
-    attend = jax.jit(attention)
-    y, y_other = (attend(params["attention"], x_BTD) for params in (base, other_mlp))
+
+    @jax.jit
+    def handed_on(params: Any) -> jax.Array:
+        mixing = {name: leaf for name, leaf in params.items() if name.startswith("attention")}
+        return block(mixing, x_BTD)[0]
+
+    y, y_other = handed_on(base), handed_on(other_mlp)
     output = bool((y == y_other).all())
     weights = all(bool((base["mlp"][k] == other_attention["mlp"][k]).all()) for k in base["mlp"])
     swapped = not bool((base["mlp"]["w_in_DF"] == other_mlp["mlp"]["w_in_DF"]).all())
@@ -287,7 +303,7 @@ def c8(trained: dict[str, Any]) -> Claim:
         "both learn together from step 1, and freezing either one costs loss",
         f"least over all steps and seeds: {spelled}; frozen attention costs "
         f"{interval(cost['attention'])}, frozen MLP {interval(cost['mlp'])} bits per byte",
-        min(least.values()) > 0 and all(bool((c > 0).all()) for c in cost.values()),
+        min(least.values()) > 0 and larger(*cost.values()),
     )
 
 
@@ -327,8 +343,18 @@ def c10(trained: dict[str, Any]) -> Claim:
         "C10",
         "attention and MLP together do more than either alone, at equal parameter count",
         f"extra bits per byte against attention → MLP, same seeds: {spelled}",
-        all(bool((gap > 0).all()) for gap in gaps.values()),
+        larger(*gaps.values()),
     )
+
+
+def larger(*gaps: np.ndarray) -> bool | None:
+    """Say whether every gap is above 0 for each seed, and on average above its own spread.
+
+    Less than three seeds show no spread: a gap of the right sign then decides nothing.
+    """
+    if not all((gap > 0).all() for gap in gaps):
+        return False
+    return all(bool(gap.mean() > np.ptp(gap)) for gap in gaps) if gaps[0].size >= 3 else None
 
 
 def interval(values: np.ndarray) -> str:

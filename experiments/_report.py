@@ -71,7 +71,7 @@ def write_html(
     )
     claims = "".join(
         f"<dt><span class={'holds' if claim['holds'] else 'fails'}>{esc(claim['name'])} "
-        f"{'holds' if claim['holds'] else 'does not hold'}</span> · {esc(claim['statement'])}"
+        f"{esc(claim['verdict'])}</span> · {esc(claim['statement'])}"
         f"<dd>{esc(claim['measured'])}"
         for claim in summary["claims"]
     )

@@ -1,5 +1,7 @@
 """Attention and MLP blocks as pure functions, made to be measured."""
 
+__version__ = "0.1.0"
+
 from jax_attn import data, masks, rope, softmax, train
 from jax_attn.alibi import alibi, alibi_slopes
 from jax_attn.attention import attention, init_attention, project_qkv

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_attn.dot_product import Score
 from jax_attn.shapes import dims, floating
@@ -47,7 +48,7 @@ def alibi_slopes(N: int) -> jax.Array:
       >>> alibi_slopes(4).tolist()
       [0.25, 0.0625, 0.015625, 0.00390625]
     """
-    if not isinstance(N, int) or N < 1:
+    if not isinstance(N, int | np.integer) or N < 1:
         raise ValueError(f"alibi_slopes: N must be an int >= 1, got {N!r}")
     power = 1 << (N.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]

@@ -38,10 +38,10 @@ def attention_sizes(
     D: int, N: int, K: int | None = None, H: int | None = None, E: int | None = None
 ) -> dict[str, int]:
     """Fill in the sizes that were left out: K = N, H = D / N, E = H."""
-    if H is None and (not isinstance(N, int) or N < 1 or D % N):
+    if H is None and (not isinstance(N, int | np.integer) or N < 1 or D % N):
         raise ValueError(f"N={N} must divide D={D}, or give the head width H")
     K, H = N if K is None else K, D // N if H is None else H
-    if not isinstance(K, int) or K < 1 or N % K:
+    if not isinstance(K, int | np.integer) or K < 1 or N % K:
         raise ValueError(f"N={N} (query heads) must be a multiple of K={K} (key/value heads)")
     return {"D": D, "N": N, "K": K, "H": H, "E": H if E is None else E}
 
@@ -172,7 +172,8 @@ def attention(
       cache: {"k_BSKH", "v_BSKE"}: x's keys and values are written at q_offset, and queries attend
         to the q_offset + T first entries. See `jax_attn.decode`. If they do not fit, y is NaN
         where q_offset is traced, and an error is raised where it is an int.
-      mask, bias_BNTS, score, scale, softcap, q_offset, dropout_rate, dropout_key, implementation:
+      q_offset: position of x's first token; other than 0 only with a cache or kv_BSD.
+      mask, bias_BNTS, score, scale, softcap, dropout_rate, dropout_key, implementation:
         as in `dot_product_attention`.
     Returns: y_BTD; with a cache (y_BTD, {"cache": updated}).
     Raises: ValueError naming the argument or leaf, the axis letter and both sizes.
@@ -181,6 +182,12 @@ def attention(
       >>> attention(params, jnp.ones((1, 3, 768))).shape
       (1, 3, 768)
     """
+    static = isinstance(q_offset, int | np.integer)
+    if cache is None and kv_BSD is None and not (static and q_offset == 0):
+        raise ValueError(
+            "q_offset moves the queries but not x's own keys, so a causal mask would show the "
+            "future; it needs a cache or kv_BSD"
+        )
     with jax.named_scope("attention"):
         q_BTNH, k_BSKH, v_BSKE = project_qkv(
             params, x_BTD, kv_BSD, rope=rope, position_BT=position_BT, q_offset=q_offset
@@ -218,8 +225,8 @@ def attention(
             y_BTD = y_BTD + params["bo_D"][None, None]
         if cache is not None:
             # The write would be moved back to fit, over entries that are needed.
-            full = q_offset + x_BTD.shape[1] > cache["k_BSKH"].shape[1]
-            y_BTD = jnp.where(full, jnp.nan, y_BTD)
+            outside = (q_offset < 0) | (q_offset + x_BTD.shape[1] > cache["k_BSKH"].shape[1])
+            y_BTD = jnp.where(outside, jnp.nan, y_BTD)
     return y_BTD if cache is None else (y_BTD, {"cache": cache})
 
 

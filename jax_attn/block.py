@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_attn import dropout
 from jax_attn.attention import attention
@@ -155,7 +156,9 @@ def _attend(
     """Call `attend` with no more than there is to say, so that it may be any (params, x) -> y."""
     if cache is not None:
         return attend(params, h_BTD, q_offset=q_offset, cache=cache)
-    offset = {} if isinstance(q_offset, int) and q_offset == 0 else {"q_offset": q_offset}
+    offset = (
+        {} if isinstance(q_offset, int | np.integer) and q_offset == 0 else {"q_offset": q_offset}
+    )
     if key is not None:
         return attend(params, h_BTD, **offset, dropout_key=key)
     return attend(params, h_BTD, **offset)
@@ -177,7 +180,7 @@ def init_stack(key: jax.Array, L: int, init: Init) -> Params:
       >>> init_stack(jax.random.key(0), 5, init)["mlp"]["w_in_DF"].shape
       (5, 6, 24)
     """
-    if not isinstance(L, int) or isinstance(L, bool) or L < 1:
+    if not isinstance(L, int | np.integer) or isinstance(L, bool) or L < 1:
         raise ValueError(f"L (layers) must be an int >= 1, got {L!r}")
     return jax.vmap(init)(jax.random.split(key, L))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_attn.language_model import language_model
 from jax_attn.params import Params
@@ -30,7 +31,7 @@ def init_cache(params: Params, B: int, S: int, dtype: Any = None) -> Params:
       (2, 1, 8, 1, 3)
     """
     for name, size in (("B", B), ("S", S)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
             raise ValueError(f"init_cache: {name} must be an int >= 1, got {size!r}")
     if "attention" not in params.get("layers", {}):
         raise ValueError("init_cache: params['layers'] has no 'attention', nothing to cache")
@@ -94,7 +95,7 @@ def sample(
     Args:
       key: a jax.random key; may be None at temperature 0.
       logits_BV: of the next token.
-      temperature: 0 takes the most probable token.
+      temperature: 0, or what float32 cannot tell from it, takes the most probable token.
       top_k: int from 1 to V, or None.
       top_p: in (0, 1], or None. The most probable token always stays.
     Returns: int32 [B]; -1, which is no token, where a logit is NaN.
@@ -107,10 +108,11 @@ def sample(
     floating(logits_BV=logits_BV)
     _check_sampling(key, temperature, top_k, top_p, sizes.V)
     unknown_B = jnp.isnan(logits_BV).any(axis=-1)
-    if temperature == 0:
+    if temperature < jnp.finfo(jnp.float32).tiny:  # float32 would divide by 0
         return jnp.where(unknown_B, -1, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
     assert key is not None
-    logits_BV = logits_BV.astype(jnp.float32) / temperature
+    logits_BV = logits_BV.astype(jnp.float32)
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
     if top_k is not None:
         least = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
@@ -137,6 +139,8 @@ def generate(
 ) -> jax.Array:
     """Continue prompts by `steps` tokens, one at a time, with a cache.
 
+    Each call compiles anew; for many calls keep `jax.jit(partial(generate, steps=..., ...))`.
+
     Args:
       params: of the model.
       prompt_BT: int tokens, T >= 1, all sequences of the same length.
@@ -160,7 +164,7 @@ def generate(
     integer(prompt_BT=prompt_BT)
     if sizes.T < 1:
         raise ValueError("prompt_BT has T=0; give at least one token")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be an int >= 1, got {steps!r}")
     if "embed_VD" not in params:
         raise ValueError(f"generate: leaf 'embed_VD' is missing; params has: {', '.join(params)}")
@@ -191,11 +195,11 @@ def generate(
 
 
 def _check_sampling(key: Any, temperature: Any, top_k: Any, top_p: Any, V: int) -> None:
-    if not isinstance(temperature, int | float) or not temperature >= 0:
+    if not isinstance(temperature, int | float | np.number) or not temperature >= 0:
         raise ValueError(f"temperature must be a number >= 0, got {temperature!r}")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} needs a key; 0 takes the most probable token")
-    if top_k is not None and (not isinstance(top_k, int) or not 1 <= top_k <= V):
+    if top_k is not None and (not isinstance(top_k, int | np.integer) or not 1 <= top_k <= V):
         raise ValueError(f"top_k must be an int from 1 to V={V}, got {top_k!r}")
-    if top_p is not None and (not isinstance(top_p, int | float) or not 0 < top_p <= 1):
+    if top_p is not None and (not isinstance(top_p, int | float | np.number) or not 0 < top_p <= 1):
         raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")

@@ -1,10 +1,12 @@
 """Scaled dot-product attention: one signature, checked by name, for every implementation."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_attn import dropout, softmax
 from jax_attn.kernels import dense
@@ -167,12 +169,15 @@ def _check_options(score: Any, scale: Any, softcap: Any, q_offset: Any) -> None:
     if score is not None and not callable(score):
         raise ValueError(f"score must be a function (logits, b, n, t, s), got {score!r}")
     for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not isinstance(value, int | float):
+        number = isinstance(value, int | float | np.number)
+        if isinstance(value, bool) or (number and not math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if value is not None and not number:
             if not jnp.isrealobj(value) or not hasattr(value, "dtype"):
                 raise ValueError(f"{name} must be a real scalar, got {value!r}")
             if value.ndim:
                 raise ValueError(f"{name} must be a real scalar, got shape {value.shape}")
-    if isinstance(softcap, int | float) and not softcap > 0:
+    if isinstance(softcap, int | float | np.number) and not softcap > 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap}")
     if not isinstance(q_offset, int) and not hasattr(q_offset, "dtype"):
         raise ValueError(f"q_offset must be an int, got {q_offset!r}")

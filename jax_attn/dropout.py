@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def keep(key: jax.Array, rate: float, b: Any, n: Any, t: Any, s: Any) -> jax.Array:
@@ -41,12 +42,12 @@ def keep(key: jax.Array, rate: float, b: Any, n: Any, t: Any, s: Any) -> jax.Arr
 
 def check(rate: Any, key: Any) -> None:
     """Raise ValueError unless `rate` is in [0, 1) and, above 0, `key` is one jax.random key."""
-    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+    if not isinstance(rate, int | float | np.number) or not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout_rate must be a number in [0, 1), got {rate!r}")
     if rate == 0.0:
         return
     if key is None:
-        raise ValueError(f"dropout_rate={rate} needs a dropout_key")
+        raise ValueError(f"dropout_rate={rate} needs a dropout_key; evaluate with rate 0")
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and dtype != jnp.uint32:

@@ -44,6 +44,20 @@ class Mask:
     def __invert__(self) -> "Mask":
         return Not(self)
 
+    def __bool__(self) -> bool:
+        raise ValueError("a mask has no truth value: combine masks with &, |, ~, not and, or, not")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        """Structure and numbers by value, arrays by identity: fit for a static argument."""
+        leaves, structure = jax.tree.flatten(self)
+        return structure, *(leaf if isinstance(leaf, int) else id(leaf) for leaf in leaves)
+
     def allows(self, b, n, t, s, p) -> Any:
         """Say of each pair whether it may attend.
 
@@ -97,7 +111,8 @@ class Mask:
         """Say whether a block is all-False, all-True or mixed.
 
         Args:
-          t_range, s_range: (first, end) of queries and keys; not empty.
+          t_range, s_range: (first, end) of queries and keys; not empty, and inside the arrays
+            that the mask holds.
           q_offset: position of query 0.
         Returns: "none", "all" or "mixed". "mixed" may also be said of a block whose pairs
           happen to agree; the other two are certain. Not for traced masks: see `coverage`.

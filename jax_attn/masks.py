@@ -58,7 +58,9 @@ def window(left: int | None, right: int | EllipsisType | None = ...) -> Mask:
     """
     right = left if isinstance(right, EllipsisType) else right
     for name, size in (("left", left), ("right", right)):
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
+        if size is not None and (
+            not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 0
+        ):
             raise ValueError(f"window: {name} must be an int >= 0 or None, got {size!r}")
     # Positions are int32: p + right must not wrap where right stands for "no bound".
     left, right = (None if size is None or size >= 2**30 else size for size in (left, right))
@@ -82,7 +84,7 @@ def prefix(n: Any) -> Mask:
       >>> prefix(1).materialize(2, 3)[0, 0].astype(int).tolist()
       [[1, 0, 0], [1, 0, 0]]
     """
-    if not isinstance(n, int) and not hasattr(n, "dtype"):
+    if not isinstance(n, int | np.integer) and not hasattr(n, "dtype"):
         raise ValueError(f"prefix: n must be an int or an int array [B], got {n!r}")
     array = jnp.asarray(n)
     integer(n=array)
@@ -108,7 +110,7 @@ def chunks(n: int) -> Mask:
       >>> (causal() & chunks(2)).materialize(3, 3)[0, 0].astype(int).tolist()
       [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+    if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
         raise ValueError(f"chunks: n must be an int >= 1, got {n!r}")
     return Chunks(n)
 
@@ -210,8 +212,7 @@ def dense(mask_BNTS: Any) -> Mask:
     """
     dims(mask_BNTS=mask_BNTS)
     if mask_BNTS.dtype != jnp.bool_:
-        raise ValueError(
-            f"mask_BNTS must be bool, True = attend, got {mask_BNTS.dtype}; an additive mask is "
-            f"a bias: pass it as bias_BNTS"
-        )
+        integers = jnp.issubdtype(mask_BNTS.dtype, jnp.integer)
+        cure = "use mask.astype(bool)" if integers else "an additive mask is a bias: bias_BNTS"
+        raise ValueError(f"mask_BNTS must be bool, True = attend, got {mask_BNTS.dtype}; {cure}")
     return Dense(mask_BNTS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_attn import softmax
 from jax_attn.mask_types import Mask
@@ -24,7 +25,7 @@ def static_mixer_leaves(D: int, N: int, E: int, *, learned: bool = True) -> Leav
 
 def static_mixer_sizes(D: int, N: int, T: int | None, E: int | None) -> dict[str, int]:
     """Fill in the sizes that were left out: E = D / N, S = T."""
-    if E is None and (not isinstance(N, int) or N < 1 or D % N):
+    if E is None and (not isinstance(N, int | np.integer) or N < 1 or D % N):
         raise ValueError(f"N={N} must divide D={D}, or give the head width E")
     sizes = {"D": D, "N": N, "E": D // N if E is None else E}
     return sizes if T is None else sizes | {"T": T, "S": T}
@@ -79,7 +80,7 @@ def static_weights(
       [[[1.0, 0.0], [0.5, 0.5]]]
     """
     check_leaves("static_mixer", params, ("wv_DNE", "wo_NED"), ("logits_NTS",))
-    if not isinstance(T, int) or T < 0:
+    if not isinstance(T, int | np.integer) or T < 0:
         raise ValueError(f"T must be an int >= 0, got {T!r}")
     if "logits_NTS" in params and logits_NTS is not None:
         raise ValueError("logits_NTS is both a leaf of params and an option; give one")
@@ -129,11 +130,13 @@ def static_mixer(
     floating(x_BTD=x_BTD, **params)
     with jax.named_scope("static_mixer"):
         weights_NTS = static_weights(params, x_BTD.shape[1], mask=mask, logits_NTS=logits_NTS)
-        x_BSD = x_BTD
+        x_BSD, bad_BS = _finite(x_BTD)
         v_BSNE = jnp.einsum("BSD,DNE->BSNE", x_BSD, params["wv_DNE"])
         weights_NTS = weights_NTS.astype(v_BSNE.dtype)
         o_BTNE = jnp.einsum("NTS,BSNE->BTNE", weights_NTS, v_BSNE)
-        return jnp.einsum("BTNE,NED->BTD", o_BTNE, params["wo_NED"])
+        y_BTD = jnp.einsum("BTNE,NED->BTD", o_BTNE, params["wo_NED"])
+        reads_TS = (weights_NTS > 0).any(axis=0)
+        return y_BTD + _poison(reads_TS, bad_BS, y_BTD.dtype)
 
 
 def init_token_mlp(key: jax.Array, T: int, F: int, *, dtype: Any = jnp.float32) -> Params:
@@ -191,6 +194,20 @@ def token_mlp(
         w_in_SF = jnp.where(position[:, None] <= owner[None], w_in_SF, 0)[:length]
         w_out_FT = jnp.where(owner[:, None] <= position[None], w_out_FT, 0)[:, :length]
     with jax.named_scope("token_mlp"):
-        x_BSD = x_BTD
+        x_BSD, bad_BS = _finite(x_BTD)
         h_BFD = activate(activation, jnp.einsum("BSD,SF->BFD", x_BSD, w_in_SF))
-        return jnp.einsum("BFD,FT->BTD", h_BFD, w_out_FT)
+        y_BTD = jnp.einsum("BFD,FT->BTD", h_BFD, w_out_FT)
+        reads_TS = jnp.tri(length, dtype=bool) if causal else jnp.ones((length, length), bool)
+        return y_BTD + _poison(reads_TS, bad_BS, y_BTD.dtype)
+
+
+def _finite(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Replace what is not finite, since 0 · NaN is NaN, and say which tokens had it."""
+    finite_BTD = jnp.isfinite(x_BTD)
+    return jnp.where(finite_BTD, x_BTD, jnp.zeros_like(x_BTD)), ~finite_BTD.all(axis=-1)
+
+
+def _poison(reads_TS: jax.Array, bad_BS: jax.Array, dtype: Any) -> jax.Array:
+    """Give NaN back to the queries that do read a token that is not finite."""
+    hit_BT = (reads_TS[None] & bad_BS[:, None]).any(axis=-1)
+    return jnp.where(hit_BT, jnp.nan, 0.0)[:, :, None].astype(dtype)

@@ -36,6 +36,13 @@ def _declare(module: nn.Module, leaves: Leaves, sizes: dict[str, int], dtype: An
     }
 
 
+def _dropout_key(module: nn.Module, drop: bool, deterministic: bool) -> jax.Array | None:
+    """Make a key if the blocks drop, or if one is there for an `attend` that has its own rate."""
+    if drop or (not deterministic and module.has_rng("dropout")):
+        return module.make_rng("dropout")
+    return None
+
+
 class Attention(nn.Module):
     """Shell of `attention`: fields as in `init_attention` and `attention`, D is x's.
 
@@ -229,7 +236,7 @@ class Block(nn.Module):
             mix=self.mix,
             feed=self.feed,
             dropout_rate=self.dropout_rate if drop else 0.0,
-            dropout_key=self.make_rng("dropout") if drop else None,
+            dropout_key=_dropout_key(self, drop, deterministic),
         )
 
 
@@ -276,6 +283,6 @@ class LanguageModel(nn.Module):
             mix=self.mix,
             feed=self.feed,
             dropout_rate=self.dropout_rate if drop else 0.0,
-            dropout_key=self.make_rng("dropout") if drop else None,
+            dropout_key=_dropout_key(self, drop, deterministic),
             remat=self.remat,
         )

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_attn.mlp import activate
 from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in
@@ -94,7 +95,7 @@ def moe(
     check_leaves("moe", params, ("router_DX", "w_in_XDF", "w_out_XFD"), ("w_gate_XDF",))
     sizes = dims(x_BTD=x_BTD, **params)
     floating(x_BTD=x_BTD, **params)
-    if not isinstance(k, int) or not 1 <= k <= sizes.X:
+    if not isinstance(k, int | np.integer) or not 1 <= k <= sizes.X:
         raise ValueError(f"k must be an int from 1 to X={sizes.X} experts, got {k!r}")
 
     with jax.named_scope("route"):
@@ -133,9 +134,10 @@ def moe(
         made = made[back].reshape(-1, k, sizes.D)
         y = jnp.sum(made * weight[:, :, None].astype(made.dtype), axis=1)
 
+    tokens = max(logits.shape[0], 1)  # no tokens: every statistic is 0, not NaN
     routing = Routing(
-        sizes.X * jnp.sum(load_X * jnp.mean(probability, axis=0)),
-        jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
+        sizes.X * jnp.sum(load_X * jnp.sum(probability, axis=0)) / tokens,
+        jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1))) / tokens,
         load_X,
     )
     return y.reshape(x_BTD.shape).astype(x_BTD.dtype), {"routing": routing}

@@ -6,7 +6,7 @@ pairing is by halves, as in GPT-NeoX, Llama and Gemma checkpoints.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ import numpy as np
 from jax_attn.shapes import dims, floating
 
 
-class Rope(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Rope:
     """Angular frequencies of each coordinate, and a factor on the rotated vectors.
 
     Attributes:
@@ -30,6 +32,16 @@ class Rope(NamedTuple):
 
     frequency_H: np.ndarray
     magnitude: float = 1.0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rope) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[bytes, float]:
+        """By value: a Flax shell that holds a Rope can be compared, and be a static argument."""
+        return np.asarray(self.frequency_H, np.float32).tobytes(), float(self.magnitude)
 
 
 def plain(H: int, *, theta: float = 10_000.0) -> Rope:
@@ -179,7 +191,7 @@ def rotate(x_BTNH: jax.Array, rope: Rope, position_BT: jax.Array) -> jax.Array:
 
 def _half(H: int, theta: float) -> np.ndarray:
     """Frequencies of the H/2 pairs, in float64."""
-    if not isinstance(H, int) or H < 2 or H % 2:
+    if not isinstance(H, int | np.integer) or H < 2 or H % 2:
         raise ValueError(f"rope: H must be an even int >= 2, got {H!r}")
     if not theta > 1:
         raise ValueError(f"rope: theta must be > 1, got {theta}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 ALPHABET: Mapping[str, str] = {
@@ -205,7 +206,7 @@ def shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
         size = sizes.get(letter)
         if size is None:
             raise ValueError(f"{name} needs a size for {letter} ({ALPHABET[letter]})")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{letter} ({ALPHABET[letter]}) must be an int >= 1, got {size!r}")
     return tuple(sizes[letter] for letter in axes(name))
 

@@ -83,7 +83,7 @@ def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
     Args:
       logits_BTV: unnormalised log-probabilities; any floating dtype, computed in float32.
-      targets_BT: integers in [0, V).
+      targets_BT: integers in [0, V); another makes the loss NaN.
     Returns: scalar float32, nats per token.
     Raises: ValueError naming the argument, the letter and both sizes, or the dtype.
     Example:
@@ -96,7 +96,9 @@ def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     with jax.named_scope("next_token_loss"):
         # Before the exponentials: a bfloat16 sum over V would lose its small terms.
         logits_BTV = logits_BTV.astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean()
+        loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+        # optax counts a negative label from behind; above V it gives NaN already.
+        return jnp.where(targets_BT < 0, jnp.nan, loss_BT).mean()
 
 
 def bits_per_byte(loss: Any) -> Any:

@@ -112,7 +112,8 @@ def test_offset_moves_positions_and_masks() -> None:
     slope_N = 0.5 ** np.arange(1, N + 1)
     options = {"mask": causal(), "score": alibi(jnp.asarray(slope_N, jnp.float32)), "scale": 0.7}
     options |= {"rope": rope.plain(H), "softcap": 5.0}
-    got = jit(lambda p, x, o: attention(p, x, q_offset=o, **options))(params, x_BTD, 3)
+    attend = partial(attention, **options)
+    got = jit(lambda p, x, o: attend(p, x, kv_BSD=x, q_offset=o))(params, x_BTD, 3)
     want = layer(
         params,
         x_BTD,
@@ -120,11 +121,14 @@ def test_offset_moves_positions_and_masks() -> None:
         score=lambda s, b, n, p, at: s - slope_N[n] * abs(p - at),
         q_offset=3,
         position=where,
-        kv_position=where,
+        kv_position=np.arange(T)[None],
         scale=0.7,
         softcap=5.0,
     )
     close(got, want)
+    # Without a cache x's own keys would stay behind, and a causal mask would show the future.
+    with pytest.raises(ValueError, match="q_offset moves the queries but not x's own keys"):
+        attend(params, x_BTD, q_offset=3)
 
 
 def test_given_positions() -> None:
