@@ -74,7 +74,7 @@ def layer(params, x, kv=None, *, position=None, kv_position=None, **options) -> 
     v = project(kv, "wv_DKE", "bv_KE")
     if position is not None:
         q = turned(q, np.broadcast_to(position, x.shape[:2]))
-        k = turned(k, np.broadcast_to(kv_position, kv.shape[:2]))
+        k = turned(k, np.broadcast_to(np.asarray(kv_position), kv.shape[:2]))
     o = oracle.attend(q, k, v, sinks=w.get("sinks_N"), **options).out
     return o.reshape(*x.shape[:2], -1) @ w["wo_NED"].reshape(-1, D) + w.get("bo_D", 0.0)
 

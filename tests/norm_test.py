@@ -106,7 +106,7 @@ def test_zeros_stay_zero_with_finite_gradients() -> None:
     assert not rms_norm(x_BTD, scale_D).any()
     np.testing.assert_array_equal(norm({"scale_D": scale_D, "bias_D": bias_D}, x_BTD), 2.0)
     gradient = jax.grad(lambda x: rms_norm(x, scale_D).sum())(x_BTD)
-    np.testing.assert_allclose(gradient, 1e3, rtol=STEPS * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(gradient, 1e3, rtol=STEPS * float(np.finfo(np.float32).eps))
 
 
 def test_gradients_are_those_of_the_formula() -> None:
