@@ -3,6 +3,7 @@
 import base64
 import datetime
 import html
+import os
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -42,8 +43,6 @@ def environment() -> dict[str, Any]:
 
 
 def _cpus() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

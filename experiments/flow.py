@@ -6,7 +6,7 @@ frozen at its random init (its norm still trains). One learning rate serves all 
 the claims C1 to C10 on the models and says of each whether it held.
 
 Command: python -m experiments.flow            (or: make demo)
-Minutes: 5 on 2 CPU cores; --preset=quick 1; --preset=tpu is meant for an accelerator
+Minutes: about 5 on 2 CPU cores; --preset=quick fewer; --preset=tpu has not been run yet
 Expected: attention and MLP need far fewer bits per held-out byte than MLP only or static mixer and
     MLP (2.7 to 2.9 against more than 3.2). At this size attention only is as good or better, so
     C10 does not hold: the crossing, if there is one, lies beyond 600 steps of 512 tokens.
@@ -132,7 +132,7 @@ def models(cfg: Config) -> dict[str, Model]:
 
     def lm(layer: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
         init = partial(init_language_model, V=data.VOCABULARY, D=D, L=cfg.L, layer=layer)
-        # Random draws run once but take XLA long to optimise on a CPU: 15 s against 1 s.
+        # Random draws run once, but optimising them takes XLA longer than compiling the step.
         return jax.jit(jax.vmap(init), compiler_options={"xla_backend_optimization_level": 0})
 
     def feed(spent: int) -> Callable[[jax.Array], Any]:
