@@ -1,11 +1,13 @@
 """ALiBi: no position embedding, logits fall with distance instead (arXiv:2108.12409)."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.dot_product import Score
-from jax_attn.shapes import dims, floating
+from jax_attn.kernels.call import Score
+from jax_attn.shapes import Sizes, dims, floating
 
 
 def alibi(slopes_N: jax.Array) -> Score:
@@ -25,13 +27,20 @@ def alibi(slopes_N: jax.Array) -> Score:
     """
     dims(slopes_N=slopes_N)
     floating(slopes_N=slopes_N)
+    return _Alibi(slopes_N)
 
-    def score(logits, b, n, t, s):
-        if n.size != slopes_N.shape[0] and n.shape == (1, logits.shape[1], 1, 1):
-            raise ValueError(f"slopes_N has N={slopes_N.shape[0]} but q_BTNH has N={n.size}")
-        return logits - slopes_N[n] * jnp.abs(t - s).astype(logits.dtype)
 
-    return score
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class _Alibi:
+    slopes_N: jax.Array
+
+    def __call__(self, logits, b, n, t, s):
+        return logits - self.slopes_N[n] * jnp.abs(t - s).astype(logits.dtype)
+
+    def check(self, sizes: Sizes) -> None:
+        if self.slopes_N.shape[0] != sizes.N:
+            raise ValueError(f"slopes_N has N={self.slopes_N.shape[0]} but q_BTNH has N={sizes.N}")
 
 
 def alibi_slopes(N: int) -> jax.Array:

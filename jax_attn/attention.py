@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.dot_product import Score, check_mask, check_sizes, dot_product_attention
+from jax_attn.dot_product import dot_product_attention
+from jax_attn.kernels.call import Score, check_mask, check_sizes
 from jax_attn.mask_types import Mask
 from jax_attn.masks import prefix
 from jax_attn.norm import rms_norm

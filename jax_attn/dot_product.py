@@ -1,21 +1,13 @@
 """Scaled dot-product attention: one signature, checked by name, for every implementation."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jax_attn import dropout, softmax
+from jax_attn import dispatch, softmax
 from jax_attn.kernels import dense
+from jax_attn.kernels.call import Score, checked
 from jax_attn.mask_types import Mask
-from jax_attn.masks import dense as dense_mask
-from jax_attn.shapes import Sizes, dims, fits, floating, integer
-
-IMPLEMENTATIONS = ("dense",)
-Score = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def dot_product_attention(
@@ -62,35 +54,27 @@ def dot_product_attention(
     Returns: [B,T,N,E], dtype of v.
     Raises: ValueError naming the argument, the axis letter and both sizes.
     Example:
+      >>> import jax.numpy as jnp
       >>> from jax_attn import causal
       >>> q_BTNH, k_BSKH, v_BSKE = (jnp.ones((2, 3, n, 5)) for n in (4, 2, 2))
       >>> dot_product_attention(q_BTNH, k_BSKH, v_BSKE, mask=causal()).shape
       (2, 3, 4, 5)
     """
-    sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, sinks_N)
-    mask = check_mask(mask, sizes)
-    _check_options(score, scale, softcap, q_offset)
-    dropout.check(dropout_rate, dropout_key)
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
-            f"got {implementation!r}"
-        )
-    return dense.attend(
+    call = checked(
         q_BTNH,
         k_BSKH,
         v_BSKE,
-        sizes=sizes,
-        mask=mask,
-        bias_BNTS=bias_BNTS,
-        score=score,
-        scale=sizes.H**-0.5 if scale is None else scale,
-        softcap=softcap,
-        sinks_N=sinks_N,
-        q_offset=q_offset,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
+        mask,
+        bias_BNTS,
+        score,
+        scale,
+        softcap,
+        sinks_N,
+        q_offset,
+        dropout_rate,
+        dropout_key,
     )
+    return dispatch.run(call, implementation)
 
 
 def dense_weights(
@@ -114,73 +98,33 @@ def dense_weights(
       key is allowed.
     Raises: ValueError naming the argument, the axis letter and both sizes.
     Example:
+      >>> import jax.numpy as jnp
       >>> from jax_attn import causal
       >>> x_BTNH = jnp.zeros((1, 2, 1, 3))
       >>> dense_weights(x_BTNH, x_BTNH, mask=causal())[0, 0].tolist()
       [[1.0, 0.0], [0.5, 0.5]]
     """
-    sizes = check_sizes(q_BTNH, k_BSKH, None, bias_BNTS, sinks_N)
-    mask = check_mask(mask, sizes)
-    _check_options(score, scale, softcap, q_offset)
-    b, n, t, s = dense.indices(sizes)
-    s_BNTS = dense.final_logits(
+    no_values = jax.ShapeDtypeStruct((*k_BSKH.shape[:3], 1), k_BSKH.dtype)
+    call = checked(
         q_BTNH,
         k_BSKH,
-        sizes=sizes,
-        allowed_BNTS=None if mask is None else mask.allows(b, n, t, s, t + q_offset),
-        bias_BNTS=bias_BNTS,
-        score=score,
-        scale=sizes.H**-0.5 if scale is None else scale,
-        softcap=softcap,
-        q_offset=q_offset,
+        no_values,
+        mask,
+        bias_BNTS,
+        score,
+        scale,
+        softcap,
+        sinks_N,
+        q_offset,
+        0.0,
+        None,
     )
+    allowed_BNTS = None
+    if call.mask is not None:
+        b, n, t, s = dense.indices(call.sizes)
+        allowed_BNTS = call.mask.allows(b, n, t, s, t + q_offset)
+    s_BNTS = dense.final_logits(call, allowed_BNTS)
     row = softmax.summarize(s_BNTS, lambda e_BNTS: e_BNTS)
     if sinks_N is not None:
         row = softmax.merge(row, softmax.sink(sinks_N[None, :, None], row))
     return softmax.finish(row).value
-
-
-def check_sizes(q_BTNH: Any, k_BSKH: Any, v_BSKE: Any, bias_BNTS: Any, sinks_N: Any) -> Sizes:
-    """Return the sizes B, T, S, N, K, G, H, E of a call, or raise the error that names a misfit."""
-    sizes = dims(q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE, sinks_N=sinks_N)
-    floating(q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE, bias_BNTS=bias_BNTS, sinks_N=sinks_N)
-    if sizes.K == 0 or sizes.N % sizes.K:
-        raise ValueError(f"q_BTNH has N={sizes.N}, no multiple of K={sizes.K} of k_BSKH")
-    sizes.G = sizes.N // sizes.K
-    fits(sizes, bias_BNTS=bias_BNTS)
-    return sizes
-
-
-def check_mask(mask: Any, sizes: Sizes) -> Mask | None:
-    """Return the mask as a Mask whose arrays fit the sizes, or raise."""
-    if mask is not None and not isinstance(mask, Mask):
-        if not hasattr(mask, "dtype"):
-            raise ValueError(
-                f"mask must be a mask from jax_attn.masks or a bool array [B,N,T,S], "
-                f"got {type(mask).__name__}"
-            )
-        mask = dense_mask(mask)
-    if mask is not None:
-        mask.check(sizes)
-    return mask
-
-
-def _check_options(score: Any, scale: Any, softcap: Any, q_offset: Any) -> None:
-    if score is not None and not callable(score):
-        raise ValueError(f"score must be a function (logits, b, n, t, s), got {score!r}")
-    for name, value in (("scale", scale), ("softcap", softcap)):
-        number = isinstance(value, int | float | np.number)
-        if isinstance(value, bool) or (number and not math.isfinite(value)):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if value is not None and not number:
-            if not jnp.isrealobj(value) or not hasattr(value, "dtype"):
-                raise ValueError(f"{name} must be a real scalar, got {value!r}")
-            if value.ndim:
-                raise ValueError(f"{name} must be a real scalar, got shape {value.shape}")
-    if isinstance(softcap, int | float | np.number) and not softcap > 0:
-        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
-    if not isinstance(q_offset, int) and not hasattr(q_offset, "dtype"):
-        raise ValueError(f"q_offset must be an int, got {q_offset!r}")
-    if jnp.ndim(q_offset) != 0:
-        raise ValueError(f"q_offset must be a scalar, got shape {jnp.shape(q_offset)}")
-    integer(q_offset=jnp.asarray(q_offset))

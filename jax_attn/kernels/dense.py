@@ -1,72 +1,45 @@
 """Attention with the scores written out: O(T·S) memory, the plainest form of the formula."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
 from jax_attn import dropout, softmax
-from jax_attn.mask_types import Mask
+from jax_attn.kernels.call import Call
 from jax_attn.shapes import Sizes
 
 
-def final_logits(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    *,
-    sizes: Sizes,
-    allowed_BNTS: jax.Array | None,
-    bias_BNTS: jax.Array | None,
-    score: Callable[..., Any] | None,
-    scale: Any,
-    softcap: float | None,
-    q_offset: Any,
-) -> jax.Array:
+def final_logits(call: Call, allowed_BNTS: jax.Array | None) -> jax.Array:
     """Compute the logits that the softmax sees: scale, soft-cap, bias, score, mask, in this order.
 
-    Arguments as in `dot_product_attention`, checked there; `sizes` holds its B, T, S, N, K, G.
     Returns: [B,N,T,S], float32 or wider; -inf where a pair is masked.
     """
-    wide = jnp.promote_types(jnp.promote_types(q_BTNH.dtype, k_BSKH.dtype), jnp.float32)
-    q_BTKGH = q_BTNH.reshape(sizes["BTKGH"])
+    sizes, wide = call.sizes, call.wide
+    q_BTKGH, k_BSKH = call.q_BTNH.reshape(sizes["BTKGH"]), call.k_BSKH
     s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
-    s_BNTS = s_BKGTS.reshape(sizes["BNTS"]) * jnp.asarray(scale, wide)
-    if softcap is not None:
-        s_BNTS = softcap * jnp.tanh(s_BNTS / softcap)
-    if bias_BNTS is not None:
-        s_BNTS = s_BNTS + bias_BNTS.astype(wide)
-    if score is not None:
+    s_BNTS = s_BKGTS.reshape(sizes["BNTS"]) * jnp.asarray(call.scale, wide)
+    if call.softcap is not None:
+        s_BNTS = call.softcap * jnp.tanh(s_BNTS / call.softcap)
+    if call.bias_BNTS is not None:
+        s_BNTS = s_BNTS + call.bias_BNTS.astype(wide)
+    if call.score is not None:
         b, n, t, s = indices(sizes)
-        scored = score(s_BNTS, b, n, t + q_offset, s)
-        if getattr(scored, "shape", None) != s_BNTS.shape:
-            raise ValueError(
-                f"score must return logits of the shape it was given, {s_BNTS.shape}, "
-                f"got {getattr(scored, 'shape', type(scored).__name__)}"
-            )
-        s_BNTS = scored.astype(wide)
+        s_BNTS = call.score(s_BNTS, b, n, t + call.q_offset, s).astype(wide)
     if allowed_BNTS is not None:
         s_BNTS = jnp.where(allowed_BNTS, s_BNTS, -jnp.inf)
     return s_BNTS
 
 
-def attend(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKE: jax.Array,
-    *,
-    sizes: Sizes,
-    mask: Mask | None,
-    bias_BNTS: jax.Array | None,
-    score: Callable[..., Any] | None,
-    scale: Any,
-    softcap: float | None,
-    sinks_N: jax.Array | None,
-    q_offset: Any,
-    dropout_rate: float,
-    dropout_key: jax.Array | None,
-) -> jax.Array:
-    """Run attention as one part of the softmax algebra. Arguments as in `dot_product_attention`."""
+def refuses(call: Call) -> str | None:
+    """Say why the call cannot run here; it always can."""
+    return None
+
+
+def attend(call: Call) -> jax.Array:
+    """Run attention as one part of the softmax algebra."""
+    sizes, mask, q_offset = call.sizes, call.mask, call.q_offset
+    q_BTNH, k_BSKH, v_BSKE = call.q_BTNH, call.k_BSKH, call.v_BSKE
     poison_BNT, allowed_BNTS = None, None
     if mask is not None:
         b, n, t, s = indices(sizes)
@@ -86,23 +59,14 @@ def attend(
         poison_BNT = jnp.where((allowed_BNTS & bad_BNTS).any(axis=-1), jnp.nan, 0.0)
 
     with jax.named_scope("scores"):
-        s_BNTS = final_logits(
-            q_BTNH,
-            k_BSKH,
-            sizes=sizes,
-            allowed_BNTS=allowed_BNTS,
-            bias_BNTS=bias_BNTS,
-            score=score,
-            scale=scale,
-            softcap=softcap,
-            q_offset=q_offset,
-        )
+        call = replace(call, q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE)
+        s_BNTS = final_logits(call, allowed_BNTS)
 
     def contract(e_BNTS: jax.Array) -> jax.Array:
-        if dropout_key is not None and dropout_rate > 0.0:
+        if call.dropout_rate > 0.0:
             b, n, t, s = indices(sizes)
-            kept = dropout.keep(dropout_key, dropout_rate, b, n, t + q_offset, s)
-            e_BNTS = jnp.where(kept, e_BNTS / (1.0 - dropout_rate), 0.0)
+            kept = dropout.keep(call.dropout_key, call.dropout_rate, b, n, t + q_offset, s)
+            e_BNTS = jnp.where(kept, e_BNTS / (1.0 - call.dropout_rate), 0.0)
         e_BKGTS = e_BNTS.reshape(sizes["BKGTS"])
         # In the probabilities' dtype: rounding them to bfloat16 would round their cotangents too,
         # and the rows of the logits' gradient would no longer sum to 0.
@@ -111,8 +75,8 @@ def attend(
 
     with jax.named_scope("mix"):
         row = softmax.summarize(s_BNTS, contract)
-        if sinks_N is not None:
-            row = softmax.merge(row, softmax.sink(sinks_N[None, :, None], row))
+        if call.sinks_N is not None:
+            row = softmax.merge(row, softmax.sink(call.sinks_N[None, :, None], row))
         o_BNTE = softmax.finish(row).value
         if poison_BNT is not None:
             # Added, not selected: the gradient passes to the clean values, so that a poisoned

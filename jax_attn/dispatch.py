@@ -1,0 +1,179 @@
+"""Which implementation runs, and why not another."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_attn.kernels import blockwise, cudnn, dense, splash, tokamax
+from jax_attn.kernels.call import Call, Score, checked
+from jax_attn.mask_types import Mask
+
+_MODULES = {
+    "dense": dense,
+    "blockwise": blockwise,
+    "cudnn": cudnn,
+    "splash": splash,
+    "tokamax": tokamax,
+}
+IMPLEMENTATIONS = tuple(_MODULES)
+
+_strict = jax.make_user_context(default_value=False)
+
+
+def strict():
+    """Return a context in which nothing of this library takes O(T·S) memory for its scores.
+
+    Inside, `implementation=None` never picks "dense", and "dense" by name raises. The context is
+    part of the key of JAX's caches: a function that was compiled outside is traced again inside.
+
+    Returns: a context manager.
+    Raises: (inside) ValueError naming the implementation.
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_attn import dot_product_attention
+      >>> x_BTNH = jnp.ones((1, 5, 2, 3))
+      >>> with strict():
+      ...     dot_product_attention(x_BTNH, x_BTNH, x_BTNH, implementation="dense")
+      Traceback (most recent call last):
+      ...
+      ValueError: implementation='dense' takes O(T·S) memory (T=5, S=5), which strict() forbids
+    """
+    return _strict(True)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns.
+
+    Fields: `chosen`, the name of what would run, None if nothing would; `why`, a sentence on the
+    choice; `others`, for each other implementation the reason it would not run.
+    """
+
+    chosen: str | None
+    why: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.chosen or 'nothing'}: {self.why}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.others.items()])
+
+
+def explain(
+    q_BTNH: Any,
+    k_BSKH: Any,
+    v_BSKE: Any,
+    *,
+    mask: Mask | jax.Array | None = None,
+    bias_BNTS: Any = None,
+    score: Score | None = None,
+    scale: Any = None,
+    softcap: float | None = None,
+    sinks_N: Any = None,
+    q_offset: Any = 0,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> Explanation:
+    """Say which implementation a call would run, and for each other one why not.
+
+    Args: as in `dot_product_attention`; arrays may be `jax.ShapeDtypeStruct`s.
+    Returns: an Explanation; print it.
+    Raises: ValueError as `dot_product_attention` does for arguments that do not fit each other, or
+      an unknown name. A named implementation that cannot run is explained, not raised.
+    Example:
+      >>> x_BTNH = jax.ShapeDtypeStruct((1, 8192, 12, 64), "float32")
+      >>> explain(x_BTNH, x_BTNH, x_BTNH).chosen
+      'blockwise'
+    """
+    call = checked(
+        q_BTNH,
+        k_BSKH,
+        v_BSKE,
+        mask,
+        bias_BNTS,
+        score,
+        scale,
+        softcap,
+        sinks_N,
+        q_offset,
+        dropout_rate,
+        dropout_key,
+    )
+    _check_name(implementation)
+    reasons = {name: _refusal(name, call) for name in IMPLEMENTATIONS}
+    if implementation is not None:
+        named = "another implementation was named"
+        others = {n: why or named for n, why in reasons.items() if n != implementation}
+        reason = reasons[implementation]
+        if reason is not None:
+            return Explanation(None, f"{implementation} was named, but {reason}", others)
+        return Explanation(implementation, "named", others)
+    chosen, why = _pick(call)
+    others = {n: r or _PASSED_OVER[n] for n, r in reasons.items() if n != chosen}
+    return Explanation(chosen, why, others)
+
+
+def run(call: Call, implementation: str | None) -> jax.Array:
+    """Run a call by the named implementation, or the one that is picked."""
+    _check_name(implementation)
+    if implementation is None:
+        implementation = _pick(call)[0]
+    reason = _refusal(implementation, call)
+    if reason is not None:
+        raise ValueError(f"implementation={implementation!r} {reason}")
+    leaves, tree = jax.tree.flatten(call)
+    if any(callable(leaf) for leaf in leaves):
+        # A function may close over anything, tracers too: leave it to the caller's own jit.
+        return _MODULES[implementation].attend(call)
+    static = tuple(leaf if _is_number(leaf) else None for leaf in leaves)
+    arrays = [None if _is_number(leaf) else leaf for leaf in leaves]
+    return _attend(arrays, static, tree, implementation)
+
+
+def _attend_by_name(arrays, static, tree, implementation):
+    leaves = [a if s is None else s for a, s in zip(arrays, static, strict=True)]
+    return _MODULES[implementation].attend(jax.tree.unflatten(tree, leaves))
+
+
+# Compiled as one program also for a caller who does not use jit.
+_attend = jax.jit(_attend_by_name, static_argnums=(1, 2, 3), inline=True)
+
+# Up to so many pairs (T·S) a call is faster with its scores written out; measured by
+# experiments/bench_attention.py.
+_DENSE_UP_TO = {"cpu": 0}
+_PASSED_OVER = {
+    "dense": "would run, but takes O(T·S) memory",
+    "blockwise": "would run, but dense is faster for so few pairs",
+    "cudnn": "would run, but has no jvp, and no measurement here says that it is faster",
+    "splash": "would run, but has no jvp, and no measurement here says that it is faster",
+    "tokamax": "would run, but has no jvp, and no measurement here says that it is faster",
+}
+
+
+def _pick(call: Call) -> tuple[str, str]:
+    z = call.sizes
+    pairs, limit = z.T * z.S, _DENSE_UP_TO.get(jax.default_backend(), 0)
+    if pairs <= limit and not _strict.value:
+        return "dense", f"T·S = {pairs} <= {limit}: writing the scores out is faster"
+    return "blockwise", "takes every option at O(S) memory"
+
+
+def _refusal(name: str, call: Call) -> str | None:
+    if name == "dense" and _strict.value:
+        z = call.sizes
+        return f"takes O(T·S) memory (T={z.T}, S={z.S}), which strict() forbids"
+    return _MODULES[name].refuses(call)
+
+
+def _check_name(implementation: Any) -> None:
+    if implementation is not None and implementation not in _MODULES:
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
+            f"got {implementation!r}"
+        )
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, bool | int | float | np.number)

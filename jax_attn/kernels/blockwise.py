@@ -1,0 +1,171 @@
+"""Attention in blocks, for any backend: pads and cuts the inputs, for the folds of `folds.py`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+from jax_attn.kernels import blocks, folds
+from jax_attn.kernels.blocks import At, Data, Plan, Point
+from jax_attn.kernels.call import Call
+
+# Measured on two CPU cores: smaller blocks pay for each step of a loop, larger ones for leaving
+# the cache.
+QUERIES, KEYS = 512, 512
+# Other limits (queries, keys), for measurements and tests; part of the key of JAX's caches.
+block_limits = jax.make_user_context(default_value=None)
+
+
+def refuses(call: Call) -> str | None:
+    """Say why the call cannot run here; it always can."""
+    return None
+
+
+def attend(call: Call) -> jax.Array:
+    """Run attention block by block."""
+    sizes = call.sizes
+    if 0 in sizes["BTSNE"]:
+        return jnp.zeros(sizes["BTNE"], call.v_BSKE.dtype)
+    plan, data, shared = _prepare(call)
+    q_BKGTH = call.q_BTNH.reshape(sizes["BTKGH"]).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSE = (x.transpose(0, 2, 1, 3) for x in (call.k_BSKH, call.v_BSKE))
+    if call.mask is not None:
+        # 0 · NaN is NaN, forward and backward: replace what is not finite before it meets a zero
+        # probability, and give the NaN back to the rows that do attend to it.
+        q_BKGTH, k_BKSH, v_BKSE = (
+            jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in (q_BKGTH, k_BKSH, v_BKSE)
+        )
+    bias_BNTS, sinks_N = call.bias_BNTS, call.sinks_N
+    if bias_BNTS is not None:
+        bias_BNTS = _pad(_pad(bias_BNTS, 2, plan.queries), 3, plan.keys)
+    point = Point(
+        _pad(q_BKGTH, 3, plan.queries),
+        _pad(k_BKSH, 2, plan.keys),
+        _pad(v_BKSE, 2, plan.keys),
+        bias_BNTS,
+        None if sinks_N is None else sinks_N.reshape(sizes["KG"]),
+        shared,
+    )
+    value = folds.fold(plan, *_vary_together((point, data)))
+    o_BKGTE = value.o_BKGTE[:, :, :, : sizes.T]
+    o_BTNE = o_BKGTE.transpose(0, 3, 1, 2, 4).reshape(sizes["BTNE"])
+    if call.mask is not None:
+        o_BTNE = o_BTNE + _poison(call, plan, data)[..., None]
+    return o_BTNE.astype(call.v_BSKE.dtype)
+
+
+def poison(call: Call) -> jax.Array:
+    """Return [B,T,N]: NaN for the rows that attend to something not finite, or are and attend at
+    all, else 0."""
+    plan, data, _ = _prepare(call)
+    return _poison(call, plan, data)
+
+
+def _poison(call: Call, plan: Plan, data: Data) -> jax.Array:
+    sizes = call.sizes
+    bad_q_BTN = ~jnp.isfinite(call.q_BTNH).all(axis=-1)
+    bad_q_BKGT = bad_q_BTN.reshape(sizes["BTKG"]).transpose(0, 2, 3, 1)
+    bad_kv_BSK = ~(jnp.isfinite(call.k_BSKH).all(axis=-1) & jnp.isfinite(call.v_BSKE).all(axis=-1))
+    bad_q_BKGT = _pad(bad_q_BKGT, 3, plan.queries)
+    bad_kv_BKS = _pad(bad_kv_BSK.transpose(0, 2, 1), 2, plan.keys)
+    bad_q_BKGT, bad_kv_BKS, data = _vary_together((bad_q_BKGT, bad_kv_BKS, data))
+    poison_BKGT = jax.lax.cond(
+        jnp.any(bad_q_BKGT) | jnp.any(bad_kv_BKS),
+        lambda: folds.attends_to(plan, bad_q_BKGT, bad_kv_BKS, data),
+        lambda: jnp.zeros_like(bad_q_BKGT),
+    )
+    poison_BTKG = poison_BKGT[..., : sizes.T].transpose(0, 3, 1, 2)
+    return jnp.where(poison_BTKG, jnp.nan, 0.0).astype(plan.wide).reshape(sizes["BTN"])
+
+
+def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
+    """Choose the blocks; return the plan, what has no derivative, and the scalars that have one."""
+    sizes, mask = call.sizes, call.mask
+    queries, keys = block_limits.value or (max(QUERIES // sizes.G, 1), KEYS)
+    queries, keys = blocks.size_of(sizes.T, queries), blocks.size_of(sizes.S, keys)
+    padded, one_block = sizes.S % keys > 0, queries >= sizes.T and keys >= sizes.S
+    plan = Plan(
+        T=sizes.T,
+        S=sizes.S,
+        queries=queries,
+        keys=keys,
+        one_unit=jax.default_backend() != "cpu",
+        # One block with a mask is not worth a second program for the case that it allows all.
+        whole=sizes.S // keys > 0 and (mask is None or not one_block),
+        mixed=padded or mask is not None,
+        mask=None,
+        score=None,
+        scale=_number(call.scale),
+        softcap=_number(call.softcap),
+        rate=call.dropout_rate,
+        wide=call.wide,
+        narrow=call.wide,
+    )
+    shared: dict[str, Any] = {}
+    if plan.scale is None:
+        shared["scale"] = call.scale
+    if call.softcap is not None and plan.softcap is None:
+        shared["softcap"] = call.softcap
+
+    unit = sizes["BN"] if plan.one_unit else (1, sizes.G)
+    index = blocks.indices(At(0, 0, 0, 0), (*unit, queries, keys))
+    mask_consts, score_consts = [], []
+    if mask is not None:
+        hoisted, mask_consts = hoist(mask.allows, *index, index[2])
+        plan = plan._replace(mask=hoisted)
+    if call.score is not None:
+        logits = jax.ShapeDtypeStruct((*unit, queries, keys), plan.wide)
+        hoisted, consts = hoist(call.score, logits, *index)
+        moving = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in consts]
+        shared["score"] = [x for x, yes in zip(consts, moving, strict=True) if yes]
+        score_consts = [x for x, yes in zip(consts, moving, strict=True) if not yes]
+
+        def score(consts, *args):
+            floats, others = map(iter, consts)
+            return hoisted([next(floats if yes else others) for yes in moving], *args)
+
+        plan = plan._replace(score=score)
+
+    by_query, by_key = blocks.visits(mask, plan, call.q_offset)
+    key = None if plan.rate == 0.0 else jax.random.key_data(call.dropout_key)
+    return plan, Data(mask_consts, score_consts, key, call.q_offset, by_query, by_key), shared
+
+
+def hoist(fn: Callable[..., Any], *example: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """Turn what a function closes over into an argument: (consts, *args) -> fn(*args), consts."""
+    closed = jax.make_jaxpr(fn)(*example)
+
+    def call(consts, *args):
+        again = jax.extend.core.ClosedJaxpr(closed.jaxpr, consts)
+        return jax.extend.core.jaxpr_as_fun(again)(*args)[0]
+
+    return call, closed.consts
+
+
+def _number(x: Any) -> float | None:
+    return float(x) if isinstance(x, int | float | np.number) else None
+
+
+def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Pad an axis with zeros to a multiple; an axis of size 1 that broadcasts stays."""
+    more = -x.shape[axis] % multiple
+    if not more or x.shape[axis] == 1:
+        return x
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
+
+def _vary_together(tree: Any) -> Any:
+    """Under `shard_map`, let every array vary over the mesh axes over which any of them does.
+
+    A loop's carry must not begin to vary on the way.
+    """
+    axes = frozenset().union(*(getattr(jax.typeof(x), "vma", ()) for x in jax.tree.leaves(tree)))
+
+    def vary(x):
+        missing = tuple(axes - getattr(jax.typeof(x), "vma", axes))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)

@@ -1,0 +1,372 @@
+"""Attention in blocks of queries by keys: O(S) memory, forward and backward, on any backend.
+
+A row of blocks is one fold of the softmax algebra (arXiv:1805.02867, arXiv:2112.05682); backward
+recomputes probabilities from the row's lse (arXiv:2205.14135). Blocks whose pairs are all masked
+are skipped, blocks whose pairs are all allowed run without a mask.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_attn.kernels import derivative
+from jax_attn.kernels.blocks import (
+    At,
+    Data,
+    Plan,
+    Point,
+    Value,
+    add_at,
+    allowed,
+    cut,
+    cut_bias,
+    final,
+    kept,
+    loop,
+)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def fold(plan: Plan, point: Point, data: Data) -> Value:
+    """Return output and lse of every row, float32 or wider."""
+    return _forward(plan, point, data)
+
+
+@fold.defjvp
+def _fold_jvp(plan, primals, tangents):
+    point, data = primals
+    value = fold(plan, point, data)
+    rules = derivative.Rules(partial(_push, plan), partial(_pull, plan))
+    return value, derivative.push(rules, point, value, data, tangents[0])
+
+
+def _forward(plan: Plan, point: Point, data: Data) -> Value:
+    def unit(b, k, point):
+        B, K, G, T = point.q_BKGTH.shape[:4]
+        bound = point.k_BKSH.shape[2] // plan.keys
+
+        def row(i):
+            q_BKGTH = cut(point.q_BKGTH, i * plan.queries, plan.queries, 3)
+            o_BKGTE = jnp.zeros((*q_BKGTH.shape[:4], point.v_BKSE.shape[3]), plan.wide)
+            l_BKGT = jnp.zeros_like(q_BKGTH[..., 0], plan.wide)
+            m_BKGT = jnp.full_like(l_BKGT, -jnp.inf)
+
+            def step(masked, at, carry):
+                m_BKGT, l_BKGT, o_BKGTE = carry
+                j = data.by_query.order[i, at]
+                at = At(b, k * G, i * plan.queries, j * plan.keys)
+                k_BKSH = cut(point.k_BKSH, at.s, plan.keys, 2)
+                v_BKSE = cut(point.v_BKSE, at.s, plan.keys, 2)
+                s_BKGTS = jnp.einsum(
+                    "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=plan.wide
+                )
+                s_BNTS = s_BKGTS.reshape(B, K * G, *s_BKGTS.shape[3:])
+                bias_BNTS = cut_bias(plan, point.bias_BNTS, at, (B, K * G))
+                s_BNTS = final(plan, data, at, masked, s_BNTS, bias_BNTS, point.shared)
+                s_BKGTS = s_BNTS.reshape(s_BKGTS.shape)
+                top_BKGT = jnp.maximum(m_BKGT, jnp.max(s_BKGTS, axis=-1))
+                shift_BKGT = jnp.where(top_BKGT == -jnp.inf, 0.0, top_BKGT)
+                r_BKGT = jnp.exp(m_BKGT - shift_BKGT)
+                e_BKGTS = jnp.exp(s_BKGTS - shift_BKGT[..., None])
+                l_BKGT = l_BKGT * r_BKGT + jnp.sum(e_BKGTS, axis=-1)
+                if plan.rate > 0.0:
+                    stays_BKGTS = kept(plan, data, at, s_BNTS.shape).reshape(s_BKGTS.shape)
+                    e_BKGTS = jnp.where(stays_BKGTS, e_BKGTS / (1.0 - plan.rate), 0.0)
+                o_BKGTE = o_BKGTE * r_BKGT[..., None] + jnp.einsum(
+                    "BKGTS,BKSE->BKGTE",
+                    e_BKGTS.astype(plan.narrow),
+                    v_BKSE,
+                    preferred_element_type=plan.wide,
+                )
+                return top_BKGT, l_BKGT, o_BKGTE
+
+            visits = data.by_query
+            carry = _visit(plan, visits, i, bound, step, (m_BKGT, l_BKGT, o_BKGTE), False)
+            m_BKGT, l_BKGT, o_BKGTE = carry
+            if point.sinks_KG is not None:
+                z_BKGT = point.sinks_KG.astype(plan.wide)[None, :, :, None]
+                top_BKGT = jnp.maximum(m_BKGT, z_BKGT)
+                shift_BKGT = jnp.where(top_BKGT == -jnp.inf, 0.0, top_BKGT)
+                r_BKGT = jnp.exp(m_BKGT - shift_BKGT)
+                l_BKGT = l_BKGT * r_BKGT + jnp.exp(z_BKGT - shift_BKGT)
+                o_BKGTE, m_BKGT = o_BKGTE * r_BKGT[..., None], top_BKGT
+            none_BKGT = l_BKGT == 0.0
+            l_BKGT = jnp.where(none_BKGT, 1.0, l_BKGT)
+            lse_BKGT = jnp.where(none_BKGT, -jnp.inf, m_BKGT + jnp.log(l_BKGT))
+            return Value(o_BKGTE / l_BKGT[..., None], lse_BKGT)
+
+        return _rows(row, T // plan.queries)
+
+    def every(_, at, point):
+        return None, unit(*at, point)
+
+    return _over_units(plan, point, every, None)[1]
+
+
+def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversible: bool) -> Point:
+    """Return the cotangent of the point for that of the value.
+
+    With D = Σ do·o - dlse: ds = p·(dP - D), and from ds those of q, k, bias, scale and the score.
+    """
+    delta_BKGT = jnp.sum(d.o_BKGTE * value.o_BKGTE, axis=-1) - d.lse_BKGT
+    lse_BKGT = _no_row_of_nothing(value.lse_BKGT)
+    d_sinks_KG = None
+    if point.sinks_KG is not None:
+        p_BKGT = jnp.exp(point.sinks_KG.astype(plan.wide)[None, :, :, None] - lse_BKGT)
+        d_sinks_KG = -jnp.sum(p_BKGT * delta_BKGT, axis=(0, 3)).astype(point.sinks_KG.dtype)
+
+    def unit(carry, at, parts):
+        point, lse_BKGT, delta_BKGT, do_BKGTE = parts
+        b, k = at
+        B, K, G, T = point.q_BKGTH.shape[:4]
+        bound = T // plan.queries
+
+        def column(carry, j):
+            k_BKSH = cut(point.k_BKSH, j * plan.keys, plan.keys, 2)
+            v_BKSE = cut(point.v_BKSE, j * plan.keys, plan.keys, 2)
+
+            def step(masked, at, carry):
+                d_shared, d_bias_BNTS, dq_BKGTH, dk_BKHS, dv_BKES = carry
+                i = data.by_key.order[j, at]
+                at = At(b, k * G, i * plan.queries, j * plan.keys)
+                q_BKGTH = cut(point.q_BKGTH, at.t, plan.queries, 3)
+                out_BKGTE = cut(do_BKGTE, at.t, plan.queries, 3)
+                s_BKGTS = jnp.einsum(
+                    "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=plan.wide
+                )
+                bias_BNTS = cut_bias(plan, point.bias_BNTS, at, (B, K * G))
+                shape = (B, K * G, *s_BKGTS.shape[3:])
+                s_BNTS, undo = jax.vjp(
+                    partial(final, plan, data, at, masked),
+                    s_BKGTS.reshape(shape),
+                    bias_BNTS,
+                    point.shared,
+                )
+                lse_row = cut(lse_BKGT, at.t, plan.queries, 3)[..., None]
+                p_BKGTS = jnp.exp(s_BNTS.reshape(s_BKGTS.shape) - lse_row)
+                dp_BKGTS = jnp.einsum(
+                    "BKGTE,BKSE->BKGTS", out_BKGTE, v_BKSE, preferred_element_type=plan.wide
+                )
+                mixed_BKGTS = p_BKGTS
+                if plan.rate > 0.0:
+                    stays_BKGTS = kept(plan, data, at, shape).reshape(s_BKGTS.shape)
+                    mixed_BKGTS = jnp.where(stays_BKGTS, p_BKGTS / (1.0 - plan.rate), 0.0)
+                    dp_BKGTS = jnp.where(stays_BKGTS, dp_BKGTS / (1.0 - plan.rate), 0.0)
+                delta_row = cut(delta_BKGT, at.t, plan.queries, 3)[..., None]
+                ds_BKGTS = p_BKGTS * (dp_BKGTS - delta_row)
+                ds_BNTS, d_bias_block, d_shared_block = undo(ds_BKGTS.reshape(shape))
+                ds_BKGTS = ds_BNTS.reshape(s_BKGTS.shape).astype(plan.narrow)
+                # The large operand second and S last in the result: no T×S block is transposed.
+                dv_BKES = dv_BKES + jnp.einsum(
+                    "BKGTE,BKGTS->BKES",
+                    out_BKGTE,
+                    mixed_BKGTS.astype(plan.narrow),
+                    preferred_element_type=plan.wide,
+                )
+                dk_BKHS = dk_BKHS + jnp.einsum(
+                    "BKGTH,BKGTS->BKHS", q_BKGTH, ds_BKGTS, preferred_element_type=plan.wide
+                )
+                part_BKGTH = jnp.einsum(
+                    "BKGTS,BKSH->BKGTH", ds_BKGTS, k_BKSH, preferred_element_type=plan.wide
+                )
+                dq_BKGTH = add_at(dq_BKGTH, part_BKGTH, (0, 0, 0, at.t, 0))
+                if d_bias_BNTS is not None:
+                    d_bias_BNTS = add_at(d_bias_BNTS, d_bias_block, at)
+                d_shared = jax.tree.map(jnp.add, d_shared, d_shared_block)
+                return d_shared, d_bias_BNTS, dq_BKGTH, dk_BKHS, dv_BKES
+
+            zeros = (jnp.zeros_like(x.swapaxes(2, 3), plan.wide) for x in (k_BKSH, v_BKSE))
+            carry = _visit(plan, data.by_key, j, bound, step, (*carry, *zeros), reversible)
+            return carry[:3], carry[3:]
+
+        carry = (*carry, jnp.zeros_like(point.q_BKGTH, plan.wide))
+        if point.k_BKSH.shape[2] == plan.keys:
+            carry, (dk_BKHS, dv_BKES) = column(carry, 0)
+        else:
+            columns = jnp.arange(point.k_BKSH.shape[2] // plan.keys)
+            carry, parts = jax.lax.scan(column, carry, columns)
+            dk_BKHS, dv_BKES = (_join(x) for x in parts)
+        dk_BKSH, dv_BKSE = dk_BKHS.swapaxes(2, 3), dv_BKES.swapaxes(2, 3)
+        # q came scaled, if the scale is a number: its cotangent has yet to be.
+        dq_BKGTH = carry[2] if plan.scale is None else carry[2] * plan.scale
+        return carry[:2], (dq_BKGTH, dk_BKSH, dv_BKSE)
+
+    def wide_zeros(x):
+        return jnp.zeros_like(x, jnp.promote_types(x.dtype, plan.wide))
+
+    carry = jax.tree.map(wide_zeros, (point.shared, point.bias_BNTS))
+    do_BKGTE = d.o_BKGTE.astype(plan.narrow)
+    parts = (point, lse_BKGT, delta_BKGT, do_BKGTE)
+    (d_shared, d_bias), grads = _over_units(plan, parts, unit, carry)
+    made = Point(*grads, d_bias, d_sinks_KG, d_shared)
+    return jax.tree.map(lambda made, x: made.astype(x.dtype), made, point)
+
+
+def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversible: bool) -> Value:
+    """Return the tangent of the value for that of the point: dlse = Σ p·ds, do = Σ p·ds·v + p·dv
+    - dlse·o."""
+    lse_BKGT = _no_row_of_nothing(value.lse_BKGT)
+
+    def unit(carry, at, parts):
+        point, d, lse_BKGT = parts
+        b, k = at
+        B, K, G, T = point.q_BKGTH.shape[:4]
+        bound = point.k_BKSH.shape[2] // plan.keys
+
+        def row(i):
+            q_BKGTH, dq_BKGTH = (
+                cut(x.q_BKGTH, i * plan.queries, plan.queries, 3) for x in (point, d)
+            )
+            lse_row = cut(lse_BKGT, i * plan.queries, plan.queries, 3)
+
+            def step(masked, at, carry):
+                dlse_BKGT, do_BKGTE = carry
+                j = data.by_query.order[i, at]
+                at = At(b, k * G, i * plan.queries, j * plan.keys)
+                k_BKSH, dk_BKSH = (cut(x.k_BKSH, at.s, plan.keys, 2) for x in (point, d))
+                v_BKSE, dv_BKSE = (cut(x.v_BKSE, at.s, plan.keys, 2) for x in (point, d))
+                bias_BNTS, d_bias_BNTS = (
+                    cut_bias(plan, x.bias_BNTS, at, (B, K * G)) for x in (point, d)
+                )
+                product = partial(jnp.einsum, "BKGTH,BKSH->BKGTS", preferred_element_type=plan.wide)
+                s_BKGTS = product(q_BKGTH, k_BKSH)
+                ds_BKGTS = product(dq_BKGTH, k_BKSH) + product(q_BKGTH, dk_BKSH)
+                shape = (B, K * G, *s_BKGTS.shape[3:])
+                s_BNTS, ds_BNTS = jax.jvp(
+                    partial(final, plan, data, at, masked),
+                    (s_BKGTS.reshape(shape), bias_BNTS, point.shared),
+                    (ds_BKGTS.reshape(shape), d_bias_BNTS, d.shared),
+                )
+                p_BKGTS = jnp.exp(s_BNTS.reshape(s_BKGTS.shape) - lse_row[..., None])
+                dp_BKGTS = p_BKGTS * ds_BNTS.reshape(s_BKGTS.shape)
+                dlse_BKGT = dlse_BKGT + jnp.sum(dp_BKGTS, axis=-1)
+                if plan.rate > 0.0:
+                    stays_BKGTS = kept(plan, data, at, shape).reshape(s_BKGTS.shape)
+                    p_BKGTS, dp_BKGTS = (
+                        jnp.where(stays_BKGTS, x / (1.0 - plan.rate), 0.0)
+                        for x in (p_BKGTS, dp_BKGTS)
+                    )
+                for w_BKGTS, x_BKSE in ((dp_BKGTS, v_BKSE), (p_BKGTS, dv_BKSE)):
+                    do_BKGTE = do_BKGTE + jnp.einsum(
+                        "BKGTS,BKSE->BKGTE",
+                        w_BKGTS.astype(plan.narrow),
+                        x_BKSE,
+                        preferred_element_type=plan.wide,
+                    )
+                return dlse_BKGT, do_BKGTE
+
+            o_BKGTE = jnp.zeros((*q_BKGTH.shape[:4], point.v_BKSE.shape[3]), plan.wide)
+            carry = (jnp.zeros_like(lse_row), o_BKGTE)
+            return _visit(plan, data.by_query, i, bound, step, carry, reversible)
+
+        return carry, _rows(row, T // plan.queries)
+
+    dlse_BKGT, do_BKGTE = _over_units(plan, (point, d, lse_BKGT), unit, None)[1]
+    if point.sinks_KG is not None:
+        p_BKGT = jnp.exp(point.sinks_KG.astype(plan.wide)[None, :, :, None] - lse_BKGT)
+        dlse_BKGT = dlse_BKGT + p_BKGT * d.sinks_KG.astype(plan.wide)[None, :, :, None]
+    return Value(do_BKGTE - dlse_BKGT[..., None] * value.o_BKGTE, dlse_BKGT)
+
+
+def attends_to(plan: Plan, bad_q_BKGT: jax.Array, bad_kv_BKS: jax.Array, data: Data) -> jax.Array:
+    """Say of each row whether it attends to a bad key, or is bad itself and attends to any."""
+
+    def unit(carry, at, parts):
+        bad_q_BKGT, bad_kv_BKS = parts
+        b, k = at
+        B, K, G, T = bad_q_BKGT.shape
+        bound = bad_kv_BKS.shape[2] // plan.keys
+
+        def row(i):
+            bad_row = cut(bad_q_BKGT, i * plan.queries, plan.queries, 3)
+
+            def step(masked, at, hit_BKGT):
+                j = data.by_query.order[i, at]
+                at = At(b, k * G, i * plan.queries, j * plan.keys)
+                bad_keys = cut(bad_kv_BKS, at.s, plan.keys, 2)
+                bad_BKGTS = bad_keys[:, :, None, None] | bad_row[..., None]
+                if masked:
+                    shape = (B, K * G, *bad_BKGTS.shape[3:])
+                    allowed_BNTS = jnp.broadcast_to(allowed(plan, data, at, shape), shape)
+                    bad_BKGTS &= allowed_BNTS.reshape(bad_BKGTS.shape)
+                return hit_BKGT | jnp.any(bad_BKGTS, axis=-1)
+
+            return _visit(plan, data.by_query, i, bound, step, jnp.zeros_like(bad_row), False)
+
+        return carry, _rows(row, T // plan.queries)
+
+    return _over_units(plan, (bad_q_BKGT, bad_kv_BKS), unit, None)[1]
+
+
+def _rows(row: Any, count: int) -> Any:
+    """Run a function of the query block for all of them and put the results in one row."""
+    if count == 1:
+        return row(0)
+    return jax.tree.map(_join, jax.lax.map(row, jnp.arange(count)))
+
+
+def _visit(plan: Plan, visits: Any, i: Any, bound: int, step: Any, carry: Any, reversible) -> Any:
+    """Run step(masked, position in the order, carry) over the blocks that line i visits."""
+    if bound == 1 and plan.whole != plan.mixed:
+        return step(plan.mixed, 0, carry)
+    if plan.whole:
+        carry = loop(0, visits.whole[i], bound, partial(step, False), carry, reversible)
+    if plan.mixed:
+        carry = loop(visits.whole[i], visits.some[i], bound, partial(step, True), carry, reversible)
+    return carry
+
+
+def _over_units(plan: Plan, parts: Any, unit: Any, carry: Any) -> Any:
+    """Run carry, y = unit(carry, (b, k), parts) over all units; return the carry and all of y.
+
+    Arrays with axes B and K are cut to the unit; bias and what is shared are not.
+    """
+    B, K = jax.tree.leaves(parts)[0].shape[:2]
+    if plan.one_unit or B * K == 1:
+        return unit(carry, (0, 0), _narrow(plan, parts))
+
+    def one(carry, u):
+        b, k = u // K, u % K
+        cut_to_unit = partial(_cut_to_unit, b=b, k=k)
+        mine = jax.tree.map(cut_to_unit, parts, is_leaf=lambda x: isinstance(x, Point))
+        return unit(carry, (b, k), _narrow(plan, mine))
+
+    carry, made = jax.lax.scan(one, carry, jnp.arange(B * K))
+    return carry, jax.tree.map(lambda x: x.reshape(B, K, *x.shape[3:]), made)
+
+
+def _cut_to_unit(x: Any, b: Any, k: Any) -> Any:
+    if isinstance(x, Point):
+        q, key, v = (_cut_to_unit(y, b, k) for y in x[:3])
+        sinks = None if x.sinks_KG is None else cut(x.sinks_KG, k, 1, 0)
+        return x._replace(q_BKGTH=q, k_BKSH=key, v_BKSE=v, sinks_KG=sinks)
+    return cut(cut(x, b, 1, 0), k, 1, 1)
+
+
+def _narrow(plan: Plan, parts: Any) -> Any:
+    """Cast q, k, v, and their tangents, to the dtype in which blocks are multiplied, and scale q:
+    T·H products instead of T·S."""
+
+    def cast(x):
+        if not isinstance(x, Point):
+            return x
+        q_BKGTH = x.q_BKGTH
+        if plan.scale is not None:
+            q_BKGTH = q_BKGTH.astype(plan.wide) * plan.scale
+        q, k, v = (y.astype(plan.narrow) for y in (q_BKGTH, x.k_BKSH, x.v_BKSE))
+        return x._replace(q_BKGTH=q, k_BKSH=k, v_BKSE=v)
+
+    return jax.tree.map(cast, parts, is_leaf=lambda x: isinstance(x, Point))
+
+
+def _no_row_of_nothing(lse_BKGT: jax.Array) -> jax.Array:
+    """Where no key is allowed, make e^(s - lse) 0 instead of e^(-inf + inf)."""
+    return jnp.where(lse_BKGT == -jnp.inf, jnp.inf, lse_BKGT)
+
+
+def _join(x: jax.Array, axis: int = 3) -> jax.Array:
+    """Put the leading axis, of blocks, before the axis of what is in a block, as one axis."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
