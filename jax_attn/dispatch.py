@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_attn.kernels import blockwise, cudnn, dense, splash, tokamax
+from jax_attn.kernels import blockwise, cudnn, dense, native, splash, tokamax
 from jax_attn.kernels.call import Call, Score, checked
 from jax_attn.mask_types import Mask
 
 _MODULES = {
     "dense": dense,
     "blockwise": blockwise,
+    "native": native,
     "cudnn": cudnn,
     "splash": splash,
     "tokamax": tokamax,
@@ -142,10 +143,11 @@ _attend = jax.jit(_attend_by_name, static_argnums=(1, 2, 3), inline=True)
 
 # Up to so many pairs (T·S) a call is faster with its scores written out; measured by
 # experiments/bench_attention.py.
-_DENSE_UP_TO = {"cpu": 0}
+_DENSE_UP_TO = {"cpu": 256 * 256}
 _PASSED_OVER = {
     "dense": "would run, but takes O(T·S) memory",
-    "blockwise": "would run, but dense is faster for so few pairs",
+    "blockwise": "would run, but what was picked is faster",
+    "native": "would run, but another was picked",
     "cudnn": "would run, but has no jvp, and no measurement here says that it is faster",
     "splash": "would run, but has no jvp, and no measurement here says that it is faster",
     "tokamax": "would run, but has no jvp, and no measurement here says that it is faster",
@@ -153,6 +155,8 @@ _PASSED_OVER = {
 
 
 def _pick(call: Call) -> tuple[str, str]:
+    if native.refuses(call) is None:
+        return "native", "the fused kernel for this CPU takes every option of the call"
     z = call.sizes
     pairs, limit = z.T * z.S, _DENSE_UP_TO.get(jax.default_backend(), 0)
     if pairs <= limit and not _strict.value:

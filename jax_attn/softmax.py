@@ -51,11 +51,11 @@ def summarize(logits: jax.Array, contract: Callable[[jax.Array], Any]) -> Summar
     """
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
     absent = logits == -jnp.inf
-    # -inf - -inf is NaN in value and in gradient: shift by 0 where there is no key at all, and
-    # choose before exp so that no NaN is ever made, then hidden.
+    # -inf - -inf is NaN in value and in gradient: shift by 0 where there is no key at all. 0 · -inf
+    # is NaN too: an absent key has no gap.
     shift = jnp.where(maximum == -jnp.inf, 0.0, maximum)[..., None]
     gap = jnp.where(absent, 0.0, logits - shift)
-    weight = jnp.where(absent, 0.0, jnp.exp(gap))
+    weight = jnp.exp(logits - shift)
     return Summary(
         maximum,
         jnp.sum(weight, axis=-1),

@@ -8,7 +8,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.kernels import blocks, folds
+from jax_attn.kernels import blocks, dense, folds
 from jax_attn.kernels.blocks import At, Data, Plan, Point
 from jax_attn.kernels.call import Call
 
@@ -26,9 +26,14 @@ def refuses(call: Call) -> str | None:
 
 def attend(call: Call) -> jax.Array:
     """Run attention block by block."""
+    if 0 in call.sizes["BTSNE"]:
+        return jnp.zeros(call.sizes["BTNE"], call.v_BSKE.dtype)
+    return attend_with_lse(call)[0]
+
+
+def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array]:
+    """Run attention on arrays that are not empty; return the output and lse [B,N,T]."""
     sizes = call.sizes
-    if 0 in sizes["BTSNE"]:
-        return jnp.zeros(sizes["BTNE"], call.v_BSKE.dtype)
     plan, data, shared = _prepare(call)
     q_BKGTH = call.q_BTNH.reshape(sizes["BTKGH"]).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSE = (x.transpose(0, 2, 1, 3) for x in (call.k_BSKH, call.v_BSKE))
@@ -54,7 +59,8 @@ def attend(call: Call) -> jax.Array:
     o_BTNE = o_BKGTE.transpose(0, 3, 1, 2, 4).reshape(sizes["BTNE"])
     if call.mask is not None:
         o_BTNE = o_BTNE + _poison(call, plan, data)[..., None]
-    return o_BTNE.astype(call.v_BSKE.dtype)
+    lse_BNT = value.lse_BKGT[..., : sizes.T].reshape(sizes["BNT"])
+    return o_BTNE.astype(call.v_BSKE.dtype), lse_BNT
 
 
 def poison(call: Call) -> jax.Array:
@@ -65,20 +71,21 @@ def poison(call: Call) -> jax.Array:
 
 
 def _poison(call: Call, plan: Plan, data: Data) -> jax.Array:
-    sizes = call.sizes
-    bad_q_BTN = ~jnp.isfinite(call.q_BTNH).all(axis=-1)
-    bad_q_BKGT = bad_q_BTN.reshape(sizes["BTKG"]).transpose(0, 2, 3, 1)
-    bad_kv_BSK = ~(jnp.isfinite(call.k_BSKH).all(axis=-1) & jnp.isfinite(call.v_BSKE).all(axis=-1))
-    bad_q_BKGT = _pad(bad_q_BKGT, 3, plan.queries)
-    bad_kv_BKS = _pad(bad_kv_BSK.transpose(0, 2, 1), 2, plan.keys)
-    bad_q_BKGT, bad_kv_BKS, data = _vary_together((bad_q_BKGT, bad_kv_BKS, data))
-    poison_BKGT = jax.lax.cond(
-        jnp.any(bad_q_BKGT) | jnp.any(bad_kv_BKS),
-        lambda: folds.attends_to(plan, bad_q_BKGT, bad_kv_BKS, data),
-        lambda: jnp.zeros_like(bad_q_BKGT),
-    )
-    poison_BTKG = poison_BKGT[..., : sizes.T].transpose(0, 3, 1, 2)
-    return jnp.where(poison_BTKG, jnp.nan, 0.0).astype(plan.wide).reshape(sizes["BTN"])
+    q_BTNH, k_BSKH, v_BSKE, data = _vary_together((call.q_BTNH, call.k_BSKH, call.v_BSKE, data))
+
+    def look() -> jax.Array:
+        sizes = call.sizes
+        bad_q_BTN = ~jnp.isfinite(q_BTNH).all(axis=-1)
+        bad_q_BKGT = bad_q_BTN.reshape(sizes["BTKG"]).transpose(0, 2, 3, 1)
+        bad_kv_BSK = ~(jnp.isfinite(k_BSKH).all(axis=-1) & jnp.isfinite(v_BSKE).all(axis=-1))
+        bad_q_BKGT = _pad(bad_q_BKGT, 3, plan.queries)
+        bad_kv_BKS = _pad(bad_kv_BSK.transpose(0, 2, 1), 2, plan.keys)
+        hit_BKGT = folds.attends_to(plan, bad_q_BKGT, bad_kv_BKS, data)
+        hit_BTN = hit_BKGT[..., : sizes.T].transpose(0, 3, 1, 2).reshape(sizes["BTN"])
+        return jnp.where(hit_BTN, jnp.nan, 0.0).astype(plan.wide)
+
+    clean = dense.all_finite(q_BTNH, k_BSKH, v_BSKE)
+    return jax.lax.cond(clean, lambda: jnp.zeros_like(q_BTNH[..., 0], plan.wide), look)
 
 
 def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:

@@ -38,25 +38,22 @@ def refuses(call: Call) -> str | None:
 
 def attend(call: Call) -> jax.Array:
     """Run attention as one part of the softmax algebra."""
-    sizes, mask, q_offset = call.sizes, call.mask, call.q_offset
+    sizes, mask, q_offset, wide = call.sizes, call.mask, call.q_offset, call.wide
     q_BTNH, k_BSKH, v_BSKE = call.q_BTNH, call.k_BSKH, call.v_BSKE
     poison_BNT, allowed_BNTS = None, None
     if mask is not None:
         b, n, t, s = indices(sizes)
         allowed_BNTS = jnp.asarray(mask.allows(b, n, t, s, t + q_offset))
-        allowed_BNTS = jnp.broadcast_to(allowed_BNTS, sizes["BNTS"])
         # 0 · NaN is NaN, forward and backward: replace what is not finite before it meets a zero
         # probability, and give the NaN back to the rows that do attend to it.
-        bad_q_BTN = ~jnp.isfinite(q_BTNH).all(axis=-1)
-        bad_kv_BSK = ~(jnp.isfinite(k_BSKH).all(axis=-1) & jnp.isfinite(v_BSKE).all(axis=-1))
+        poison_BNT = jax.lax.cond(
+            all_finite(q_BTNH, k_BSKH, v_BSKE),
+            lambda: jnp.zeros_like(q_BTNH[..., 0], wide).transpose(0, 2, 1),
+            lambda: _poison(call, allowed_BNTS),
+        )
         q_BTNH, k_BSKH, v_BSKE = (
             jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in (q_BTNH, k_BSKH, v_BSKE)
         )
-        bad_kv_BSN = jnp.repeat(bad_kv_BSK, sizes.G, axis=2)
-        bad_BNTS = (
-            bad_q_BTN.transpose(0, 2, 1)[:, :, :, None] | bad_kv_BSN.transpose(0, 2, 1)[:, :, None]
-        )
-        poison_BNT = jnp.where((allowed_BNTS & bad_BNTS).any(axis=-1), jnp.nan, 0.0)
 
     with jax.named_scope("scores"):
         call = replace(call, q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE)
@@ -83,6 +80,22 @@ def attend(call: Call) -> jax.Array:
             # row which the loss does not use cannot reach them either.
             o_BNTE = o_BNTE + poison_BNT[..., None]
     return o_BNTE.transpose(0, 2, 1, 3).astype(v_BSKE.dtype)
+
+
+def all_finite(*arrays: jax.Array) -> jax.Array:
+    """Say whether no array holds NaN or inf, at the price of one sum each: 0·inf is NaN."""
+    zeros = (jnp.sum(jax.lax.stop_gradient(x) * 0, dtype=jnp.float32) for x in arrays)
+    return sum(zeros) == 0.0
+
+
+def _poison(call: Call, allowed_BNTS: jax.Array) -> jax.Array:
+    """Return NaN for the rows that attend to something not finite, or are and attend at all."""
+    q_BTNH, k_BSKH, v_BSKE = call.q_BTNH, call.k_BSKH, call.v_BSKE
+    bad_q_BTN = ~jnp.isfinite(q_BTNH).all(axis=-1)
+    bad_kv_BSK = ~(jnp.isfinite(k_BSKH).all(axis=-1) & jnp.isfinite(v_BSKE).all(axis=-1))
+    bad_kv_BNS = jnp.repeat(bad_kv_BSK, call.sizes.G, axis=2).transpose(0, 2, 1)
+    bad_BNTS = bad_q_BTN.transpose(0, 2, 1)[..., None] | bad_kv_BNS[:, :, None]
+    return jnp.where((allowed_BNTS & bad_BNTS).any(axis=-1), jnp.nan, 0.0).astype(call.wide)
 
 
 def indices(sizes: Sizes) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

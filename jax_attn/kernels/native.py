@@ -1,0 +1,248 @@
+"""A fused kernel in C++ for CPUs, called through XLA's foreign function interface.
+
+Optional: `python -m jax_attn.compile` compiles it on the machine that is to run it. Values and
+first derivatives in reverse mode are the kernel's; other derivatives are taken through the
+blockwise folds.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_attn.kernels import blockwise, derivative
+from jax_attn.kernels.call import Call
+from jax_attn.mask_types import And, Chunks, Lengths, Mask, Prefix, Segments, Window
+
+SOURCES = Path(__file__).parent / "cpu"
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
+_SMALL_INTEGERS = ("int8", "int16", "int32", "uint8", "uint16")
+
+
+def refuses(call: Call) -> str | None:
+    """Say why the call cannot run here."""
+    if jax.default_backend() != "cpu":
+        return f"needs a CPU, and JAX runs on {jax.default_backend()}"
+    dtypes = {str(x.dtype) for x in (call.q_BTNH, call.k_BSKH, call.v_BSKE)}
+    if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
+        return f"takes float32 or bfloat16, one for all, got {', '.join(sorted(dtypes))}"
+    for name in ("score", "bias_BNTS"):
+        if getattr(call, name) is not None:
+            return f"does not take {name}"
+    if call.dropout_rate > 0.0:
+        return "does not take dropout_rate"
+    for name in ("scale", "softcap"):
+        if not isinstance(getattr(call, name), int | float | np.number | None):
+            return f"needs {name} as a number, not as an array"
+    masks = _conjuncts(call.mask)
+    known = Window | Prefix | Chunks | Lengths | Segments
+    if not all(isinstance(mask, known) for mask in masks):
+        return "knows masks whose rows are intervals of keys, and segments, joined by &"
+    segments = [mask for mask in masks if isinstance(mask, Segments)]
+    if len(segments) > 1:
+        return "takes one segments mask, got several"
+    for ids in segments[:1] and (segments[0].q_ids_BT, segments[0].kv_ids_BS):
+        if str(ids.dtype) not in _SMALL_INTEGERS:
+            return f"takes segment ids of at most 32 bits, got {ids.dtype}"
+    return _load()
+
+
+def attend(call: Call) -> jax.Array:
+    """Run the call on the kernel."""
+    z = call.sizes
+    if 0 in z["BTSNE"]:
+        return jnp.zeros(z["BTNE"], call.v_BSKE.dtype)
+    point = _Point(call.q_BTNH, call.k_BSKH, call.v_BSKE, call.sinks_N)
+    numbers = _Numbers(float(call.scale), float(call.softcap or 0.0))
+    return _fold(numbers, point, _data(call)).out_BTNE
+
+
+class _Point(NamedTuple):
+    q_BTNH: Any
+    k_BSKH: Any
+    v_BSKE: Any
+    sinks_N: Any
+
+
+class _Value(NamedTuple):
+    out_BTNE: Any
+    lse_BNT: Any
+
+
+class _Data(NamedTuple):
+    first_BT: Any
+    end_BT: Any
+    q_ids_BT: Any
+    kv_ids_BS: Any
+    mask: Any
+    q_offset: Any
+
+
+class _Numbers(NamedTuple):
+    scale: float
+    softcap: float
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _fold(numbers: _Numbers, point: _Point, data: _Data) -> _Value:
+    q_BTNH, _, v_BSKE, _ = point
+    B, T, N, _ = q_BTNH.shape
+    kernel = jax.ffi.ffi_call(
+        "jax_attn_forward",
+        (
+            jax.ShapeDtypeStruct((B, T, N, v_BSKE.shape[3]), v_BSKE.dtype),
+            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+        ),
+        vmap_method="sequential",
+    )
+    return _Value(*kernel(*_operands(point, data), **_attributes(numbers, data)))
+
+
+@_fold.defjvp
+def _fold_jvp(numbers, primals, tangents):
+    point, data = primals
+    value = _fold(numbers, point, data)
+    rules = derivative.Rules(partial(_push, numbers), partial(_pull, numbers))
+    return value, derivative.push(rules, point, value, data, tangents[0])
+
+
+def _pull(numbers, point: _Point, value: _Value, data: _Data, d: _Value, reversible) -> _Point:
+    if reversible:
+        return jax.vjp(partial(_in_blocks, numbers, data), point)[1](d)[0]
+    operands = _operands(point, data)
+    like = (*point[:3], operands[-1])
+    kernel = jax.ffi.ffi_call(
+        "jax_attn_backward",
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like),
+        vmap_method="sequential",
+    )
+    *grads, d_sinks_N = kernel(*operands, *value, *d, **_attributes(numbers, data))
+    if point.sinks_N is None:
+        return _Point(*grads, None)
+    return _Point(*grads, d_sinks_N.astype(point.sinks_N.dtype))
+
+
+def _push(numbers, point: _Point, value: _Value, data: _Data, d: _Point, reversible) -> _Value:
+    return jax.jvp(partial(_in_blocks, numbers, data), (point,), (d,))[1]
+
+
+def _in_blocks(numbers: _Numbers, data: _Data, point: _Point) -> _Value:
+    """Compute the same value by the folds that JAX can differentiate again."""
+    return _Value(
+        *blockwise.attend_with_lse(
+            Call(
+                *point[:3],
+                mask=data.mask,
+                bias_BNTS=None,
+                score=None,
+                scale=numbers.scale,
+                softcap=numbers.softcap or None,
+                sinks_N=point.sinks_N,
+                q_offset=data.q_offset,
+                dropout_key=None,
+                dropout_rate=0.0,
+            )
+        )
+    )
+
+
+def _operands(point: _Point, data: _Data) -> tuple[Any, ...]:
+    q, k, v, sinks_N = point
+    if sinks_N is None:
+        sinks_N = jnp.full(q.shape[2], -jnp.inf, jnp.float32)
+    nothing = jnp.zeros((1, 1), jnp.int32)
+    ids = (nothing, nothing) if data.q_ids_BT is None else (data.q_ids_BT, data.kv_ids_BS)
+    return (q, k, v, data.first_BT, data.end_BT, *ids, sinks_N.astype(jnp.float32))
+
+
+def _attributes(numbers: _Numbers, data: _Data) -> dict[str, Any]:
+    return {
+        "scale": np.float32(numbers.scale),
+        "softcap": np.float32(numbers.softcap),
+        "has_ids": np.int32(data.q_ids_BT is not None),
+    }
+
+
+def _data(call: Call) -> _Data:
+    z = call.sizes
+    t = jnp.arange(z.T)[None]
+    first, end = jnp.int32(0), jnp.int32(z.S)
+    q_ids = kv_ids = None
+    for mask in _conjuncts(call.mask):
+        if isinstance(mask, Segments):
+            q_ids = jnp.broadcast_to(mask.q_ids_BT, z["BT"]).astype(jnp.int32)
+            kv_ids = jnp.broadcast_to(mask.kv_ids_BS, z["BS"]).astype(jnp.int32)
+            continue
+        low, high = _interval(mask, t, t + call.q_offset, z.S)
+        first, end = jnp.maximum(first, low), jnp.minimum(end, high)
+    ends = (jnp.broadcast_to(x, z["BT"]).astype(jnp.int32) for x in (first, end))
+    return _Data(*ends, q_ids, kv_ids, call.mask, call.q_offset)
+
+
+def _interval(mask: Mask, t: jax.Array, p: jax.Array, S: int) -> tuple[Any, Any]:
+    """Return the first key and the end of the keys that the queries t at positions p may see."""
+    if isinstance(mask, Window):
+        low = 0 if mask.left is None else p - mask.left
+        return low, S if mask.right is None else p + mask.right + 1
+    if isinstance(mask, Chunks):
+        low = p // mask.n * mask.n
+        return low, low + mask.n
+    if isinstance(mask, Prefix):
+        n_B = jnp.asarray(mask.n_B)
+        return 0, n_B[:, None] if n_B.ndim else n_B
+    assert isinstance(mask, Lengths)
+    high = S if mask.kv_B is None else jnp.asarray(mask.kv_B)[:, None]
+    if mask.q_B is not None:
+        high = jnp.where(t < jnp.asarray(mask.q_B)[:, None], high, 0)
+    return 0, high
+
+
+def _conjuncts(mask: Mask | None) -> list[Mask]:
+    if isinstance(mask, And):
+        return _conjuncts(mask.left) + _conjuncts(mask.right)
+    return [] if mask is None else [mask]
+
+
+@cache
+def library() -> Path:
+    """Return where the compiled library is, or is to be."""
+    key = hashlib.sha256(repr((FLAGS, jax.__version__, _processor())).encode())
+    for source in sorted(SOURCES.iterdir()):
+        key.update(source.read_bytes())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "jax_attn" / f"cpu-{key.hexdigest()[:16]}.so"
+
+
+@cache
+def _load_from(path: Path) -> str | None:
+    try:
+        loaded = ctypes.cdll.LoadLibrary(str(path))
+    except OSError as error:
+        return f"could not be loaded: {error}"
+    for name in ("jax_attn_forward", "jax_attn_backward"):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+    return None
+
+
+def _load() -> str | None:
+    """Load the library once; say why not."""
+    path = library()
+    if not path.exists():
+        return "is not compiled here: run python -m jax_attn.compile"
+    return _load_from(path)
+
+
+def _processor() -> str:
+    """Name what -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
