@@ -7,6 +7,7 @@ from jax_attn.alibi import alibi, alibi_slopes
 from jax_attn.attention import attention, init_attention, project_qkv
 from jax_attn.block import block, init_block, init_stack, stack
 from jax_attn.decode import extend, generate, init_cache, sample
+from jax_attn.dispatch import Explanation, explain, strict
 from jax_attn.dot_product import dense_weights, dot_product_attention
 from jax_attn.language_model import init_language_model, language_model
 from jax_attn.masks import (
@@ -36,6 +37,7 @@ from jax_attn.shapes import ALPHABET, Sizes, axes, dims, spec
 
 __all__ = [
     "ALPHABET",
+    "Explanation",
     "Mask",
     "Rope",
     "Routing",
@@ -55,6 +57,7 @@ __all__ = [
     "dims",
     "dot_product_attention",
     "draw",
+    "explain",
     "extend",
     "gated_mlp",
     "generate",
@@ -88,6 +91,7 @@ __all__ = [
     "stack",
     "static_mixer",
     "static_weights",
+    "strict",
     "token_mlp",
     "train",
     "where",

@@ -13,7 +13,6 @@ from tests.attention_cases import FULL, KEY, QUICK, Options, Shape, draw
 
 JUNK = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "huge": 3e38}
 Z = Shape(2, 7, 7, 6, 2, 5, 3)
-EVERYTHING = Options(bias=FULL, sinks=True, softcap=2.0)
 ALL_ROWS = np.ones((Z.B, Z.T), bool)
 
 
@@ -32,14 +31,16 @@ def finite(tree):
 
 class Masked:
     implementation: str
+    everything = Options(bias=FULL, sinks=True, softcap=2.0)
 
-    def run(self, x, mask, use=ALL_ROWS, *, options=EVERYTHING):
+    def run(self, x, mask, use=ALL_ROWS, *, options=None):
         """Return output, gradients of a loss on the used rows [B,T], and the output's tangent."""
+        options = self.everything if options is None else options
         return _run(x, mask, jnp.asarray(use), self.implementation, options.softcap, options.rate)
 
     @pytest.mark.parametrize("junk", JUNK)
     def test_causal_rows_do_not_see_later_junk(self, junk):
-        x = draw(Z, EVERYTHING)
+        x = draw(Z, self.everything)
         use = np.broadcast_to(np.arange(Z.T) < Z.T - 1, (Z.B, Z.T))
         clean = self.run(x, causal(), use)
         bad = x | {name: x[name].at[:, -1].set(JUNK[junk]) for name in "kv"}
@@ -54,7 +55,7 @@ class Masked:
     @pytest.mark.parametrize("junk", JUNK)
     @pytest.mark.parametrize("rate", [0.0, 0.4])
     def test_padding_does_not_matter(self, junk, rate):
-        options = EVERYTHING._replace(rate=rate)
+        options = self.everything._replace(rate=rate)
         x = draw(Z, options)
         q_B, kv_B = np.array([3, 7]), np.array([5, 0])
         real = {"q": q_B, "k": kv_B, "v": kv_B}
@@ -69,13 +70,13 @@ class Masked:
 
     @pytest.mark.parametrize("name", ["no option", "every option"])
     def test_fully_masked_rows_are_zero_with_zero_gradients(self, name):
-        options = EVERYTHING if name == "every option" else Options()
+        options = self.everything if name == "every option" else Options()
         x = draw(Z, options)
         x |= {name: x[name].at[:, ::2].set(np.nan) for name in "qkv"}
         zero(self.run(x, ~window(None), options=options))
 
     def test_rows_masked_in_one_head_alone(self):
-        x = draw(Z, EVERYTHING)
+        x = draw(Z, self.everything)
         allowed = np.ones((1, Z.N, 1, 1), bool)
         allowed[:, 4] = False
         got = self.run(x, dense(allowed))

@@ -117,7 +117,7 @@ def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
     if call.softcap is not None and plan.softcap is None:
         shared["softcap"] = call.softcap
 
-    unit = sizes["BN"] if plan.one_unit else (1, sizes.G)
+    unit = (sizes.B, sizes.N) if plan.one_unit else (1, sizes.G)
     index = blocks.indices(At(0, 0, 0, 0), (*unit, queries, keys))
     mask_consts, score_consts = [], []
     if mask is not None:
@@ -146,8 +146,7 @@ def hoist(fn: Callable[..., Any], *example: Any) -> tuple[Callable[..., Any], li
     closed = jax.make_jaxpr(fn)(*example)
 
     def call(consts, *args):
-        again = jax.extend.core.ClosedJaxpr(closed.jaxpr, consts)
-        return jax.extend.core.jaxpr_as_fun(again)(*args)[0]
+        return jax.extend.core.jaxpr_as_fun(closed.replace(consts=list(consts)))(*args)[0]
 
     return call, closed.consts
 

@@ -84,8 +84,8 @@ def attend(call: Call) -> jax.Array:
 
 def all_finite(*arrays: jax.Array) -> jax.Array:
     """Say whether no array holds NaN or inf, at the price of one sum each: 0·inf is NaN."""
-    zeros = (jnp.sum(jax.lax.stop_gradient(x) * 0, dtype=jnp.float32) for x in arrays)
-    return sum(zeros) == 0.0
+    zeros = [jnp.sum(jax.lax.stop_gradient(x) * 0, dtype=jnp.float32) for x in arrays]
+    return jnp.stack(zeros).sum() == 0.0
 
 
 def _poison(call: Call, allowed_BNTS: jax.Array) -> jax.Array:

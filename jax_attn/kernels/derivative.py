@@ -88,8 +88,8 @@ def _jvp(primals, tangents, *, direction, rules, tree):
                 args[i] = value
             return _run(args, reversible=True, **params)
 
-        ends = ([leaves[i] for i in moving] for leaves in (primals, tangents))
-        more = jax.jvp(of, *map(tuple, ends))[1]
+        ends = [tuple(leaves[i] for i in moving) for leaves in (primals, tangents)]
+        more = jax.jvp(of, ends[0], ends[1])[1]
         total = [b if a is None else a + b for a, b in zip(total, more, strict=True)]
     if total and total[0] is None:
         total = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in made]

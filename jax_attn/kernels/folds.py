@@ -100,7 +100,7 @@ def _forward(plan: Plan, point: Point, data: Data) -> Value:
         return _rows(row, T // plan.queries)
 
     def every(_, at, point):
-        return None, unit(*at, point)
+        return None, unit(at[0], at[1], point)
 
     return _over_units(plan, point, every, None)[1]
 
@@ -200,7 +200,8 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
     do_BKGTE = d.o_BKGTE.astype(plan.narrow)
     parts = (point, lse_BKGT, delta_BKGT, do_BKGTE)
     (d_shared, d_bias), grads = _over_units(plan, parts, unit, carry)
-    made = Point(*grads, d_bias, d_sinks_KG, d_shared)
+    dq_BKGTH, dk_BKSH, dv_BKSE = grads
+    made = Point(dq_BKGTH, dk_BKSH, dv_BKSE, d_bias, d_sinks_KG, d_shared)
     return jax.tree.map(lambda made, x: made.astype(x.dtype), made, point)
 
 

@@ -23,7 +23,7 @@ from jax_attn.mask_types import And, Chunks, Lengths, Mask, Prefix, Segments, Wi
 
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
-_SMALL_INTEGERS = ("int8", "int16", "int32", "uint8", "uint16")
+_SMALL_INTEGERS = {"int8", "int16", "int32", "uint8", "uint16"}
 
 
 def refuses(call: Call) -> str | None:
@@ -48,9 +48,9 @@ def refuses(call: Call) -> str | None:
     segments = [mask for mask in masks if isinstance(mask, Segments)]
     if len(segments) > 1:
         return "takes one segments mask, got several"
-    for ids in segments[:1] and (segments[0].q_ids_BT, segments[0].kv_ids_BS):
-        if str(ids.dtype) not in _SMALL_INTEGERS:
-            return f"takes segment ids of at most 32 bits, got {ids.dtype}"
+    for mask in segments:
+        if not {str(ids.dtype) for ids in (mask.q_ids_BT, mask.kv_ids_BS)} <= _SMALL_INTEGERS:
+            return "takes segment ids of at most 32 bits"
     return _load()
 
 
@@ -102,7 +102,8 @@ def _fold(numbers: _Numbers, point: _Point, data: _Data) -> _Value:
         ),
         vmap_method="sequential",
     )
-    return _Value(*kernel(*_operands(point, data), **_attributes(numbers, data)))
+    out_BTNE, lse_BNT = kernel(*_operands(point, data), **_attributes(numbers, data))
+    return _Value(out_BTNE, lse_BNT)
 
 
 @_fold.defjvp
@@ -123,10 +124,10 @@ def _pull(numbers, point: _Point, value: _Value, data: _Data, d: _Value, reversi
         tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like),
         vmap_method="sequential",
     )
-    *grads, d_sinks_N = kernel(*operands, *value, *d, **_attributes(numbers, data))
+    dq, dk, dv, d_sinks_N = kernel(*operands, *value, *d, **_attributes(numbers, data))
     if point.sinks_N is None:
-        return _Point(*grads, None)
-    return _Point(*grads, d_sinks_N.astype(point.sinks_N.dtype))
+        return _Point(dq, dk, dv, None)
+    return _Point(dq, dk, dv, d_sinks_N.astype(point.sinks_N.dtype))
 
 
 def _push(numbers, point: _Point, value: _Value, data: _Data, d: _Point, reversible) -> _Value:
@@ -135,22 +136,22 @@ def _push(numbers, point: _Point, value: _Value, data: _Data, d: _Point, reversi
 
 def _in_blocks(numbers: _Numbers, data: _Data, point: _Point) -> _Value:
     """Compute the same value by the folds that JAX can differentiate again."""
-    return _Value(
-        *blockwise.attend_with_lse(
-            Call(
-                *point[:3],
-                mask=data.mask,
-                bias_BNTS=None,
-                score=None,
-                scale=numbers.scale,
-                softcap=numbers.softcap or None,
-                sinks_N=point.sinks_N,
-                q_offset=data.q_offset,
-                dropout_key=None,
-                dropout_rate=0.0,
-            )
-        )
+    call = Call(
+        point.q_BTNH,
+        point.k_BSKH,
+        point.v_BSKE,
+        mask=data.mask,
+        bias_BNTS=None,
+        score=None,
+        scale=numbers.scale,
+        softcap=numbers.softcap or None,
+        sinks_N=point.sinks_N,
+        q_offset=data.q_offset,
+        dropout_key=None,
+        dropout_rate=0.0,
     )
+    out_BTNE, lse_BNT = blockwise.attend_with_lse(call)
+    return _Value(out_BTNE, lse_BNT)
 
 
 def _operands(point: _Point, data: _Data) -> tuple[Any, ...]:
@@ -182,8 +183,8 @@ def _data(call: Call) -> _Data:
             continue
         low, high = _interval(mask, t, t + call.q_offset, z.S)
         first, end = jnp.maximum(first, low), jnp.minimum(end, high)
-    ends = (jnp.broadcast_to(x, z["BT"]).astype(jnp.int32) for x in (first, end))
-    return _Data(*ends, q_ids, kv_ids, call.mask, call.q_offset)
+    first_BT, end_BT = (jnp.broadcast_to(x, z["BT"]).astype(jnp.int32) for x in (first, end))
+    return _Data(first_BT, end_BT, q_ids, kv_ids, call.mask, call.q_offset)
 
 
 def _interval(mask: Mask, t: jax.Array, p: jax.Array, S: int) -> tuple[Any, Any]:

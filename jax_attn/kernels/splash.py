@@ -51,7 +51,7 @@ def _kernel(call: Call, mask: fused.Simple) -> jax.Array:
     )
 
     z = call.sizes
-    T, S = (-(-n // _LANES) * _LANES for n in z["TS"])
+    T, S = (-(-n // _LANES) * _LANES for n in (z.T, z.S))
     shape = (T, S)
     if (mask.left, mask.right) == (None, None):
         one_head = splash_attention_mask.FullMask(shape)
@@ -82,7 +82,7 @@ def _kernel(call: Call, mask: fused.Simple) -> jax.Array:
     if ids is not None:
         ids = splash_attention_kernel.SegmentIds(*ids)
     over_batch = jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0, None))
-    out_BNTE = over_batch(*inputs, ids, call.sinks_N)
+    out_BNTE = jnp.asarray(over_batch(*inputs, ids, call.sinks_N))
     return out_BNTE[:, :, : z.T].transpose(0, 2, 1, 3)
 
 

@@ -131,7 +131,7 @@ void pack_queries(const Inputs& x, const Gradients& d, int64_t b, int64_t k, int
   transpose_group(at.d_out, x.E, 1.0f, at.d_out_t);
 }
 
-// D of a group whose `out` is NaN: such a row's gradient is that of the values that replaced what
+// D of a group's rows whose `out` is NaN: their gradient is that of the values that replaced what
 // was not finite, whose output was not stored, but D = sum_s P dP.
 template <typename X>
 void clean_delta(const Inputs& x, const Gradients& d, int64_t b, int64_t k, int64_t index,
@@ -147,7 +147,9 @@ void clean_delta(const Inputs& x, const Gradients& d, int64_t b, int64_t k, int6
       for (int i = 0; i < g.rows; i++) sum[i] += at.d_s[j * kRows + i];
     }
   }
-  for (int i = 0; i < g.rows; i++) delta[i] = sum[i];
+  for (int i = 0; i < g.rows; i++) {
+    if (std::isnan(delta[i])) delta[i] = sum[i];  // the others keep the bits they would have alone
+  }
 }
 
 // First phase: lse and delta of a group, and zeros for its dQ.
