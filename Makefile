@@ -12,7 +12,7 @@ STAMP = $(VENV)/.complete-$(VERSION)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint pytest format demo env clean
+.PHONY: help test lint pytest fuzz format demo env clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,9 @@ lint: $(STAMP)  ## ruff (rules and format) and pyright
 
 pytest: $(STAMP)  ## the tests alone, e.g. make pytest ARGS='-k masks'
 	@$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+fuzz: $(STAMP)  ## 2,400 random attention cases against the float64 oracle, about half an hour
+	@$(PY) -m pytest $(PYTEST_FLAGS) tests/attention_fuzz.py $(ARGS)
 
 format: $(STAMP)  ## rewrite the files in the project's format
 	@$(PY) -m ruff check --quiet --fix .

@@ -222,7 +222,7 @@ def library_vjp(
 
 def check(
     implementation: str,
-    shape: str,
+    shape: str | Shape,
     mask: str,
     options: Options = NOTHING,
     dtype: str = "float32",
@@ -234,7 +234,7 @@ def check(
 
     `traced_offset` and `written_out` (the mask, as a bool array) let one program serve many cases.
     """
-    z = SHAPES[shape]
+    z = SHAPES[shape] if isinstance(shape, str) else shape
     x = draw(z, options, dtype, seed)
     cotangent = x.pop("cotangent")
     spec, pairs = MASKS[mask][0](z), allowed(mask, z, options.q_offset)

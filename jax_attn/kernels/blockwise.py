@@ -1,16 +1,15 @@
 """Attention in blocks, for any backend: pads and cuts the inputs, for the folds of `folds.py`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
 from jax_attn.kernels import blocks, dense, folds
 from jax_attn.kernels.blocks import At, Data, Plan, Point
 from jax_attn.kernels.call import Call
+from jax_attn.kernels.hoist import hoist, vary_together
 
 # Measured on two CPU cores: smaller blocks pay for each step of a loop, larger ones for leaving
 # the cache.
@@ -54,7 +53,7 @@ def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array]:
         None if sinks_N is None else sinks_N.reshape(sizes["KG"]),
         shared,
     )
-    value = folds.fold(plan, *_vary_together((point, data)))
+    value = folds.fold(plan, *vary_together((point, data)))
     o_BKGTE = value.o_BKGTE[:, :, :, : sizes.T]
     o_BTNE = o_BKGTE.transpose(0, 3, 1, 2, 4).reshape(sizes["BTNE"])
     if call.mask is not None:
@@ -71,7 +70,7 @@ def poison(call: Call) -> jax.Array:
 
 
 def _poison(call: Call, plan: Plan, data: Data) -> jax.Array:
-    q_BTNH, k_BSKH, v_BSKE, data = _vary_together((call.q_BTNH, call.k_BSKH, call.v_BSKE, data))
+    q_BTNH, k_BSKH, v_BSKE, data = vary_together((call.q_BTNH, call.k_BSKH, call.v_BSKE, data))
 
     def look() -> jax.Array:
         sizes = call.sizes
@@ -141,16 +140,6 @@ def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
     return plan, Data(mask_consts, score_consts, key, call.q_offset, by_query, by_key), shared
 
 
-def hoist(fn: Callable[..., Any], *example: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """Turn what a function closes over into an argument: (consts, *args) -> fn(*args), consts."""
-    closed = jax.make_jaxpr(fn)(*example)
-
-    def call(consts, *args):
-        return jax.extend.core.jaxpr_as_fun(closed.replace(consts=list(consts)))(*args)[0]
-
-    return call, closed.consts
-
-
 def _number(x: Any) -> float | None:
     return float(x) if isinstance(x, int | float | np.number) else None
 
@@ -161,17 +150,3 @@ def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     if not more or x.shape[axis] == 1:
         return x
     return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-
-
-def _vary_together(tree: Any) -> Any:
-    """Under `shard_map`, let every array vary over the mesh axes over which any of them does.
-
-    A loop's carry must not begin to vary on the way.
-    """
-    axes = frozenset().union(*(getattr(jax.typeof(x), "vma", ()) for x in jax.tree.leaves(tree)))
-
-    def vary(x):
-        missing = tuple(axes - getattr(jax.typeof(x), "vma", axes))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jax_attn.kernels.hoist import vary, varying_axes
+
 
 class Rules(NamedTuple):
     """Both directions, (point, value, data, x, reversible) -> y, linear in x. `point` is what the
@@ -73,7 +75,7 @@ def _jvp(primals, tangents, *, direction, rules, tree):
     made = _derivative_p.bind(*primals, **params)
     total = [None] * len(made)
     if any(type(t) is not ad.Zero for t in tangents[at:]):
-        moved = [ad.instantiate_zeros(t) for t in tangents[at:]]
+        moved = _instantiated(tangents[at:], primals[at:])
         total = _derivative_p.bind(*primals[:at], *moved, **params)
     moving = [
         i
@@ -98,11 +100,21 @@ def _jvp(primals, tangents, *, direction, rules, tree):
 
 def _transpose(cotangents, *args, direction, rules, tree):
     other = "pull" if direction == "push" else "push"
-    moved = [ad.instantiate_zeros(ct) for ct in cotangents]
-    made = _derivative_p.bind(
-        *args[: tree.num_leaves], *moved, direction=other, rules=rules, tree=tree
-    )
-    return [None] * tree.num_leaves + made
+    at = tree.num_leaves
+    point, value, _ = jax.tree.unflatten(tree, args[:at])
+    moved = _instantiated(cotangents, jax.tree.leaves(value if direction == "push" else point))
+    made = _derivative_p.bind(*args[:at], *moved, direction=other, rules=rules, tree=tree)
+    return [None] * at + made
+
+
+def _instantiated(tangents, like):
+    """Write zeros out, varying over the mesh axes over which what they belong to varies."""
+    made = []
+    for t, x in zip(tangents, like, strict=True):
+        if type(t) is ad.Zero:
+            t = jnp.zeros(x.shape, x.dtype)
+        made.append(vary(t, varying_axes(x)))
+    return made
 
 
 def _batch(args, axes, *, direction, rules, tree):
