@@ -26,8 +26,8 @@ _strict = jax.make_user_context(default_value=False)
 def strict():
     """Return a context in which nothing of this library takes O(T·S) memory for its scores.
 
-    Inside, `implementation=None` never picks "dense", and "dense" by name raises. The context is
-    part of the key of JAX's caches: a function that was compiled outside is traced again inside.
+    Inside, `implementation=None` never picks "dense"; "dense" by name and `dense_weights` raise.
+    The context is part of the key of JAX's caches: what was compiled outside is traced again.
 
     Returns: a context manager.
     Raises: (inside) ValueError naming the implementation.
@@ -116,6 +116,16 @@ def explain(
     return Explanation(chosen, why, others)
 
 
+def forbid_quadratic(name: str, call: Call) -> None:
+    """Raise inside strict()."""
+    if _strict.value:
+        raise ValueError(f"{name} {_quadratic(call)}")
+
+
+def _quadratic(call: Call) -> str:
+    return f"takes O(T·S) memory (T={call.sizes.T}, S={call.sizes.S}), which strict() forbids"
+
+
 def run(call: Call, implementation: str | None) -> jax.Array:
     """Run a call by the named implementation, or the one that is picked."""
     _check_name(implementation)
@@ -166,8 +176,7 @@ def _pick(call: Call) -> tuple[str, str]:
 
 def _refusal(name: str, call: Call) -> str | None:
     if name == "dense" and _strict.value:
-        z = call.sizes
-        return f"takes O(T·S) memory (T={z.T}, S={z.S}), which strict() forbids"
+        return _quadratic(call)
     return _MODULES[name].refuses(call)
 
 

@@ -1,13 +1,10 @@
-"""The blockwise implementation keeps the contract, in one block and in many."""
+"""The blockwise implementation keeps the contract, in many blocks and in one."""
 
 import pytest
 
 from jax_attn.kernels import blockwise
-from tests.attention_contract import AttentionContract
-
-
-class TestOneBlock(AttentionContract):
-    implementation = "blockwise"
+from tests.attention_cases import MASKS, check
+from tests.attention_contract import OPTIONS, AttentionContract
 
 
 class TestManyBlocks(AttentionContract):
@@ -19,3 +16,20 @@ class TestManyBlocks(AttentionContract):
     def small_blocks(self):
         with blockwise.block_limits((3, 5)):
             yield
+
+
+@pytest.mark.parametrize("mask", sorted(MASKS))
+def test_one_block(mask: str) -> None:
+    check("blockwise", "gqa", mask, OPTIONS["all"])
+
+
+@pytest.mark.parametrize("mask", ["causal", "packed"])
+def test_matmuls_of_bfloat16(mask: str) -> None:
+    with blockwise.multiply_narrow(True), blockwise.block_limits((3, 5)):
+        check("blockwise", "gqa", mask, OPTIONS["all"], "bfloat16")
+        check("blockwise", "mha", mask, OPTIONS["bias, scale, softcap"], "bfloat16")
+
+
+def test_a_whole_block_and_a_padded_one() -> None:
+    with blockwise.block_limits((7, 8)):
+        check("blockwise", "mha", "none", OPTIONS["sinks"])

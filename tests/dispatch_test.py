@@ -11,6 +11,7 @@ from jax_attn import (
     alibi,
     alibi_slopes,
     causal,
+    dense_weights,
     dispatch,
     dot_product_attention,
     explain,
@@ -85,6 +86,8 @@ def test_strict_reaches_into_compiled_functions() -> None:
     with strict(), pytest.raises(ValueError, match=re.escape("'dense' takes O(T·S) memory (T=5")):
         attend(x_BTNH)
     attend(x_BTNH)
+    with strict(), pytest.raises(ValueError, match=re.escape("dense_weights takes O(T·S) memory")):
+        dense_weights(x_BTNH, x_BTNH)
 
 
 @pytest.mark.parametrize("order", ["gradient", "gradient of gradient"])
@@ -102,9 +105,11 @@ def test_memory_is_linear_and_the_program_does_not_grow(order: str) -> None:
 
         derive = jax.grad(loss if order == "gradient" else twice)
         program = jax.jit(derive).lower(x_BTNH).compile()
-        text = program.as_text()
+        text, memory = program.as_text(), program.memory_analysis()
+        assert text is not None
+        assert memory is not None
         assert f"{S},{S}" not in text
-        made.append((program.memory_analysis().temp_size_in_bytes, text.count("\n")))
+        made.append((memory.temp_size_in_bytes, text.count("\n")))
     (small, short), (large, long) = made
     assert large < 2.2 * small
     assert long < 1.1 * short

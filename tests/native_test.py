@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import strategies as st
 
-from jax_attn import causal, dot_product_attention, explain
+from jax_attn import causal, dot_product_attention, explain, lengths
 from jax_attn.compile import build
 from jax_attn.kernels import native
 from tests.attention_cases import Options, check
@@ -122,6 +122,28 @@ def test_compile_shows_the_compilers_words(tmp_path: pathlib.Path) -> None:
     assert run.returncode == 1
     assert "no room for you" in run.stderr
     assert not list((tmp_path / "jax_attn").iterdir())
+
+
+def test_per_shard_gradients_of_what_is_replicated_are_summed() -> None:
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    q, k, v = (jax.random.normal(jax.random.key(i), (4, 7, 2, 5)) for i in range(3))
+    sinks_N = jnp.array([0.3, 0.2])
+
+    def loss(q, k, v, sinks_N, implementation):
+        mask = causal() & lengths(kv_B=jnp.array([5]))
+        options = {"mask": mask, "sinks_N": sinks_N, "implementation": implementation}
+        return jnp.sin(dot_product_attention(q, k, v, **options)).sum()
+
+    def shard(q, k, v, sinks_N):
+        return jax.lax.psum(loss(q, k, v, sinks_N, "native"), "data")
+
+    spec = (P("data"), P("data"), P("data"), P())
+    sharded = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=P()))
+    got = jax.jit(jax.grad(sharded, argnums=(0, 1, 2, 3)))(q, k, v, sinks_N)
+    want = jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, sinks_N, "dense")
+    for a, b in zip(got, want, strict=True):
+        assert jnp.abs(a - b).max() < 8 * 1.2e-7 * jnp.abs(b).max()
 
 
 def test_a_mapped_call_is_the_calls_one_by_one() -> None:

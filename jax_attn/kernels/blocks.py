@@ -33,6 +33,11 @@ class Plan(NamedTuple):
     wide: Any  # dtype of logits and sums
     narrow: Any  # dtype of matmul operands
 
+    @property
+    def scales_q(self) -> bool:
+        """T·H products instead of T·S; not where q is rounded to a narrow dtype after."""
+        return self.scale is not None and self.narrow == self.wide
+
 
 class Point(NamedTuple):
     """What has a derivative. `shared` holds scale and softcap if traced, and the score's arrays."""
@@ -128,6 +133,8 @@ def final(plan: Plan, data: Data, at: At, masked: bool, s_BNTS, bias_BNTS, share
     softcap = shared.get("softcap", plan.softcap)
     if plan.scale is None:
         s_BNTS = s_BNTS * shared["scale"].astype(plan.wide)
+    elif not plan.scales_q:
+        s_BNTS = s_BNTS * plan.scale
     if softcap is not None:
         s_BNTS = softcap * jnp.tanh(s_BNTS / softcap)
     if bias_BNTS is not None:

@@ -10,12 +10,15 @@ from jax_attn.kernels import blocks, dense, folds
 from jax_attn.kernels.blocks import At, Data, Plan, Point
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import hoist, vary_together
+from jax_attn.kernels.processor import processor
 
 # Measured on two CPU cores: smaller blocks pay for each step of a loop, larger ones for leaving
 # the cache.
 QUERIES, KEYS = 512, 512
 # Other limits (queries, keys), for measurements and tests; part of the key of JAX's caches.
 block_limits = jax.make_user_context(default_value=None)
+# True multiplies bfloat16 as it is on any device, for tests.
+multiply_narrow = jax.make_user_context(default_value=False)
 
 
 def refuses(call: Call) -> str | None:
@@ -108,7 +111,7 @@ def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
         softcap=_number(call.softcap),
         rate=call.dropout_rate,
         wide=call.wide,
-        narrow=call.wide,
+        narrow=_narrow(call),
     )
     shared: dict[str, Any] = {}
     if plan.scale is None:
@@ -138,6 +141,17 @@ def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
     by_query, by_key = blocks.visits(mask, plan, call.q_offset)
     key = None if plan.rate == 0.0 else jax.random.key_data(call.dropout_key)
     return plan, Data(mask_consts, score_consts, key, call.q_offset, by_query, by_key), shared
+
+
+def _narrow(call: Call) -> Any:
+    """Choose the dtype of matmul operands: bfloat16 where the device multiplies it faster.
+
+    XLA:CPU does so from JAX 0.12 on, on processors with AMX; others are quicker in float32.
+    """
+    dtypes = {x.dtype for x in (call.q_BTNH, call.k_BSKH, call.v_BSKE)}
+    amx = jax.__version_info__ >= (0, 12) and "amx_bf16" in processor()
+    fast = jax.default_backend() != "cpu" or amx or multiply_narrow.value
+    return jnp.bfloat16 if fast and dtypes == {jnp.dtype("bfloat16")} else call.wide
 
 
 def _number(x: Any) -> float | None:

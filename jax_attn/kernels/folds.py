@@ -189,8 +189,7 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
             carry, parts = jax.lax.scan(column, carry, columns)
             dk_BKHS, dv_BKES = (_join(x) for x in parts)
         dk_BKSH, dv_BKSE = dk_BKHS.swapaxes(2, 3), dv_BKES.swapaxes(2, 3)
-        # q came scaled, if the scale is a number: its cotangent has yet to be.
-        dq_BKGTH = carry[2] if plan.scale is None else carry[2] * plan.scale
+        dq_BKGTH = carry[2] * plan.scale if plan.scales_q else carry[2]
         return carry[:2], (dq_BKGTH, dk_BKSH, dv_BKSE)
 
     def wide_zeros(x):
@@ -347,14 +346,13 @@ def _cut_to_unit(x: Any, b: Any, k: Any) -> Any:
 
 
 def _narrow(plan: Plan, parts: Any) -> Any:
-    """Cast q, k, v, and their tangents, to the dtype in which blocks are multiplied, and scale q:
-    T·H products instead of T·S."""
+    """Cast q, k, v, and their tangents, to the dtype in which blocks are multiplied; scale q."""
 
     def cast(x):
         if not isinstance(x, Point):
             return x
         q_BKGTH = x.q_BKGTH
-        if plan.scale is not None:
+        if plan.scales_q:
             q_BKGTH = q_BKGTH.astype(plan.wide) * plan.scale
         q, k, v = (y.astype(plan.narrow) for y in (q_BKGTH, x.k_BKSH, x.v_BKSE))
         return x._replace(q_BKGTH=q, k_BKSH=k, v_BKSE=v)

@@ -8,7 +8,6 @@ blockwise folds.
 import ctypes
 import hashlib
 import os
-import platform
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ import numpy as np
 
 from jax_attn.kernels import blockwise, derivative
 from jax_attn.kernels.call import Call
+from jax_attn.kernels.hoist import vary, vary_together, varying_axes
+from jax_attn.kernels.processor import processor
 from jax_attn.mask_types import And, Chunks, Lengths, Mask, Prefix, Segments, Window
 
 SOURCES = Path(__file__).parent / "cpu"
@@ -61,7 +62,8 @@ def attend(call: Call) -> jax.Array:
         return jnp.zeros(z["BTNE"], call.v_BSKE.dtype)
     point = _Point(call.q_BTNH, call.k_BSKH, call.v_BSKE, call.sinks_N)
     numbers = _Numbers(float(call.scale), float(call.softcap or 0.0))
-    return _fold(numbers, point, _data(call)).out_BTNE
+    point, data = vary_together((point, _data(call)))
+    return _fold(numbers, point, data).out_BTNE
 
 
 class _Point(NamedTuple):
@@ -94,16 +96,24 @@ class _Numbers(NamedTuple):
 def _fold(numbers: _Numbers, point: _Point, data: _Data) -> _Value:
     q_BTNH, _, v_BSKE, _ = point
     B, T, N, _ = q_BTNH.shape
-    kernel = jax.ffi.ffi_call(
-        "jax_attn_forward",
-        (
-            jax.ShapeDtypeStruct((B, T, N, v_BSKE.shape[3]), v_BSKE.dtype),
-            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
-        ),
-        vmap_method="sequential",
+    made = (
+        jax.ShapeDtypeStruct((B, T, N, v_BSKE.shape[3]), v_BSKE.dtype),
+        jax.ShapeDtypeStruct((B, N, T), jnp.float32),
     )
-    out_BTNE, lse_BNT = kernel(*_operands(point, data), **_attributes(numbers, data))
+    out_BTNE, lse_BNT = _call("jax_attn_forward", made, _operands(point, data), numbers, data)
     return _Value(out_BTNE, lse_BNT)
+
+
+def _call(name: str, made: tuple, operands: tuple, numbers: _Numbers, data: _Data) -> list:
+    kernel = jax.ffi.ffi_call(name, made, vmap_method="sequential")
+    results = kernel(
+        *operands,
+        scale=np.float32(numbers.scale),
+        softcap=np.float32(numbers.softcap),
+        has_ids=np.int32(data.q_ids_BT is not None),
+    )
+    # A foreign call does not say of its results that they vary from shard to shard.
+    return [vary(x, varying_axes(operands)) for x in results]
 
 
 @_fold.defjvp
@@ -119,12 +129,9 @@ def _pull(numbers, point: _Point, value: _Value, data: _Data, d: _Value, reversi
         return jax.vjp(partial(_in_blocks, numbers, data), point)[1](d)[0]
     operands = _operands(point, data)
     like = (*point[:3], operands[-1])
-    kernel = jax.ffi.ffi_call(
-        "jax_attn_backward",
-        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like),
-        vmap_method="sequential",
-    )
-    dq, dk, dv, d_sinks_N = kernel(*operands, *value, *d, **_attributes(numbers, data))
+    made = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like)
+    operands = (*operands, *value, *d)
+    dq, dk, dv, d_sinks_N = _call("jax_attn_backward", made, operands, numbers, data)
     if point.sinks_N is None:
         return _Point(dq, dk, dv, None)
     return _Point(dq, dk, dv, d_sinks_N.astype(point.sinks_N.dtype))
@@ -161,14 +168,6 @@ def _operands(point: _Point, data: _Data) -> tuple[Any, ...]:
     nothing = jnp.zeros((1, 1), jnp.int32)
     ids = (nothing, nothing) if data.q_ids_BT is None else (data.q_ids_BT, data.kv_ids_BS)
     return (q, k, v, data.first_BT, data.end_BT, *ids, sinks_N.astype(jnp.float32))
-
-
-def _attributes(numbers: _Numbers, data: _Data) -> dict[str, Any]:
-    return {
-        "scale": np.float32(numbers.scale),
-        "softcap": np.float32(numbers.softcap),
-        "has_ids": np.int32(data.q_ids_BT is not None),
-    }
 
 
 def _data(call: Call) -> _Data:
@@ -214,7 +213,7 @@ def _conjuncts(mask: Mask | None) -> list[Mask]:
 @cache
 def library() -> Path:
     """Return where the compiled library is, or is to be."""
-    key = hashlib.sha256(repr((FLAGS, jax.__version__, _processor())).encode())
+    key = hashlib.sha256(repr((FLAGS, jax.__version__, processor())).encode())
     for source in sorted(SOURCES.iterdir()):
         key.update(source.read_bytes())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -238,12 +237,3 @@ def _load() -> str | None:
     if not path.exists():
         return "is not compiled here: run python -m jax_attn.compile"
     return _load_from(path)
-
-
-def _processor() -> str:
-    """Name what -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
