@@ -31,7 +31,7 @@ pytest: $(STAMP)  ## the tests alone, e.g. make pytest ARGS='-k masks'
 	@$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
 
 fuzz: $(STAMP)  ## 2,400 random attention cases against the float64 oracle, about half an hour
-	@$(PY) -m pytest $(PYTEST_FLAGS) tests/attention_fuzz.py $(ARGS)
+	@$(PY) -m pytest $(PYTEST_FLAGS) -m fuzz $(ARGS)
 
 format: $(STAMP)  ## rewrite the files in the project's format
 	@$(PY) -m ruff check --quiet --fix .

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import pathlib
+import platform
+import re
 import resource
 import subprocess
 import sys
@@ -105,6 +107,26 @@ def machine_memory() -> int:
         return 0
 
 
+def busy() -> str | None:
+    """Say so where other processes take cores: PyTorch, whose threads wait in loops, loses most."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load <= 0.5 * peers.cores():
+        return None
+    return (
+        f"the machine was busy before the run, load {load:.1f} on {peers.cores()} cores: "
+        "no ratio here is fair, that to torch least"
+    )
+
+
+def processor() -> str:
+    """Name the CPU; Linux says more than its architecture."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return re.sub(r"\((R|TM)\)", "", line.split(":", 1)[1]).strip()
+    return platform.machine()
+
+
 def too_long(before: tuple[int, float] | None, S: int, limit_s: float) -> str | None:
     """Say why a case would take too long, from (size, seconds) of the same at another size."""
     if before is None:
@@ -112,9 +134,7 @@ def too_long(before: tuple[int, float] | None, S: int, limit_s: float) -> str | 
     predicted = before[1] * (S / before[0]) ** 2
     if predicted <= limit_s:
         return None
-    return (
-        f"about {predicted:.0f} s a call predicted from S={before[0]}, --limit_s={limit_s:g}"
-    )
+    return f"about {predicted:.3g} s a call predicted from S={before[0]}, --limit_s={limit_s:g}"
 
 
 def too_large(need: int, memory: int) -> str | None:

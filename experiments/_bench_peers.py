@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import math
 import os
 import time
 from collections.abc import Callable
@@ -80,7 +79,7 @@ def refusal(peer: str, case: Case) -> str | None:
     """Say why a contestant cannot run the case on this machine."""
     if peer in IMPLEMENTATIONS:
         said = _explain(case, peer)
-        return None if said.chosen else said.why
+        return None if said.chosen else said.why.removeprefix(f"{peer} was named, but ")
     if peer == "jax.nn.cudnn" and not on_gpu():
         return f"needs a GPU, and JAX runs on {jax.default_backend()}"
     if peer == "torch":
@@ -219,9 +218,7 @@ def _jax_call(peer: str, case: Case) -> tuple[Callable[..., Any], bool]:
         return (lambda q, k, v, m: call(q, k, v, mask=m, implementation=name)), True
     size = (case.window - 1, 0) if case.mask == "window" else None
     return (
-        lambda q, k, v: call(
-            q, k, v, is_causal=True, local_window_size=size, implementation=name
-        )
+        lambda q, k, v: call(q, k, v, is_causal=True, local_window_size=size, implementation=name)
     ), False
 
 
@@ -254,11 +251,9 @@ def _prepare_torch(case: Case) -> Prepared:
     copies = 0 if kernel != "math" else 6 if backward else 3
     return Prepared(
         run=run,
-        values=lambda result: [
-            x.detach().transpose(1, 2).float().cpu().numpy() for x in result
-        ],
+        values=lambda result: [x.detach().transpose(1, 2).float().cpu().numpy() for x in result],
         compile_s=None,
-        temporary=copies * 4 * case.B * case.N * math.prod((case.S, case.S)),
+        temporary=copies * 4 * case.B * case.N * case.S**2,
         mask_bytes=0 if mask is None else mask.nbytes,
         kernel=kernel,
     )

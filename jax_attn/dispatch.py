@@ -50,6 +50,11 @@ class Explanation:
 
     Fields: `chosen`, the name of what would run, None if nothing would; `why`, a sentence on the
     choice; `others`, for each other implementation the reason it would not run.
+
+    Example:
+      >>> print(Explanation("blockwise", "named", {"cudnn": "needs a GPU"}))
+      blockwise: named
+        not cudnn: needs a GPU
     """
 
     chosen: str | None
@@ -85,7 +90,8 @@ def explain(
       an unknown name. A named implementation that cannot run is explained, not raised.
     Example:
       >>> x_BTNH = jax.ShapeDtypeStruct((1, 8192, 12, 64), "float32")
-      >>> explain(x_BTNH, x_BTNH, x_BTNH).chosen
+      >>> bias_BNTS = jax.ShapeDtypeStruct((1, 12, 8192, 8192), "float32")
+      >>> explain(x_BTNH, x_BTNH, x_BTNH, bias_BNTS=bias_BNTS).chosen
       'blockwise'
     """
     call = checked(

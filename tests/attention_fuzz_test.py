@@ -1,4 +1,4 @@
-"""Random attention cases against the float64 oracle: `make fuzz`. Not part of `make test`."""
+"""Random attention cases against the float64 oracle: `make fuzz`, not part of `make test`."""
 
 import contextlib
 
@@ -37,6 +37,7 @@ def options(draw, every: bool) -> Options:
     )
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("implementation", ["dense", "blockwise", "native"])
 def test_any_case(implementation: str, part: int) -> None:
