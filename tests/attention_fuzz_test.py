@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jax_attn.compile import build
-from jax_attn.kernels import blockwise
+from jax_attn.kernels import blockwise, native
 from tests.attention_cases import FULL, MASKS, Options, Shape, check, library_vjp
 
 PARTS, CASES = 24, 100
@@ -40,10 +40,11 @@ def options(draw, every: bool) -> Options:
 @pytest.mark.fuzz
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("implementation", ["dense", "blockwise", "native"])
-def test_any_case(implementation: str, part: int) -> None:
+def test_any_case(implementation: str, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = implementation != "native"
     if implementation == "native":
-        build()
+        path = build()
+        monkeypatch.setattr(native, "library", lambda: path)
 
     @hypothesis.seed(part)
     @hypothesis.settings(max_examples=CASES // 3 + 1, database=None)

@@ -85,7 +85,10 @@ BAD = [
     (call(dot, Q, K, V, sinks_N=i(3)), r"sinks_N must be floating point"),
     (call(dot, Q, K, V, score=3), r"score must be a function \(logits, b, n, t, s\), got 3"),
     (call(dot, Q, K, V, score=lambda s, b, n, t, at: s[0]), r"score must return logits .*\(3, 5"),
-    (call(dot, Q, K, V, score=lambda s, b, n, t, at: 1.0), r"score must return logits .* float"),
+    (
+        call(dot, Q, K, V, score=lambda s, b, n, t, at: 1.0),
+        r"score must return logits of the shape",
+    ),
     (call(dot, Q, K, V, scale=x(3)), r"scale must be a real scalar, got shape \(3,\)"),
     (call(dot, Q, K, V, scale="small"), r"scale must be a real scalar, got 'small'"),
     (call(dot, Q, K, V, softcap=0.0), r"softcap must be > 0 or None, got 0.0"),
@@ -104,6 +107,8 @@ BAD = [
         r"dropout_key must be one jax.random key, got shape \(3,\)",
     ),
     (call(dot, Q, K, V, implementation="fast"), r"implementation must be .*'dense'.* got 'fast'"),
+    (call(a.explain, Q, K[..., :5], V), r"k_BSKH has H=5 but q_BTNH has H=7"),
+    (call(a.explain, Q, K, V, implementation="flash"), r"None or one of 'dense', .* got 'flash'"),
     (call(a.dense_weights, Q, K[..., 1:]), r"k_BSKH has H=6 but q_BTNH has H=7"),
     (call(a.dense_weights, Q, K, scale=x(2, 2)), r"scale must be a real scalar"),
     (call(a.dense_weights, Q, K, mask=a.dense(x(1, 1, 9, 11, dtype=bool))), r"T=9.*T=5"),
@@ -323,7 +328,8 @@ def test_wrong_argument_is_named(index: int) -> None:
 
 
 # No argument to get wrong, or no claim about one: types, a count, letters of any text.
-UNCHECKED = {"Mask", "Rope", "Routing", "Sizes", "axes", "causal", "count"}
+UNCHECKED = {"Explanation", "Mask", "Rope", "Routing", "Sizes"}
+UNCHECKED |= {"axes", "causal", "count", "strict"}
 
 
 def test_every_public_function_is_in_the_table() -> None:

@@ -1,6 +1,7 @@
 """Run on 8 CPU devices, with silent rank promotion forbidden. Set before JAX is imported."""
 
 import os
+import pathlib
 
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -11,6 +12,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from jax_attn.kernels import native  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Contracts are not test files, but their asserts should say as much.
@@ -20,6 +23,16 @@ pytest.register_assert_rewrite(
     "tests.masked_contract",
     "tests.oracle",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_the_compiled_kernel():
+    """What `implementation=None` runs must not depend on what this machine has compiled; the
+    kernel's own tests put it back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: pathlib.Path("not compiled"))
+        yield
+
 
 # The first example of a shape compiles, so time says nothing about an example.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)

@@ -66,5 +66,5 @@ def test_weights_mix_values_into_the_output() -> None:
 
 def test_named_implementation_is_the_default_or_raises() -> None:
     x = jnp.ones((1, 2, 1, 3))
-    with pytest.raises(ValueError, match="implementation must be None or one of 'dense'"):
-        dot_product_attention(x, x, x, implementation="splash")
+    with pytest.raises(ValueError, match="implementation must be None or one of 'dense', "):
+        dot_product_attention(x, x, x, implementation="flash")

@@ -59,7 +59,11 @@ def test_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
     info = "jax_attn-{}.dist-info".format(wheel.name.split("-")[1])
     assert {path.split("/")[0] for path in names} == {"jax_attn", info}
     assert {"jax_attn/py.typed", f"{info}/licenses/LICENSE", f"{info}/METADATA"} <= names
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jax_attn").rglob("*.py")}
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for kind in ("*.py", "*.cc", "*.h")
+        for path in (ROOT / "jax_attn").rglob(kind)
+    }
     assert {path for path in names if path.startswith("jax_attn/")} == {
         *sources,
         "jax_attn/py.typed",
