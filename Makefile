@@ -30,7 +30,7 @@ lint: $(STAMP)  ## ruff (rules and format) and pyright
 pytest: $(STAMP)  ## the tests alone, e.g. make pytest ARGS='-k masks'
 	@$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
 
-fuzz: $(STAMP)  ## 2,400 random attention cases against the float64 oracle, about half an hour
+fuzz: $(STAMP)  ## 2,400 random attention cases against the float64 oracle
 	@$(PY) -m pytest $(PYTEST_FLAGS) -m fuzz $(ARGS)
 
 format: $(STAMP)  ## rewrite the files in the project's format
