@@ -131,6 +131,10 @@ def final(plan: Plan, data: Data, at: At, masked: bool, s_BNTS, bias_BNTS, share
     """Turn products q·k of a block into the logits that the softmax sees."""
     b, n, t, s = indices(at, s_BNTS.shape)
     softcap = shared.get("softcap", plan.softcap)
+    if masked:
+        # Large junk makes inf - inf of a product, and 0 · NaN is NaN on the way back.
+        allowed_BNTS = allowed(plan, data, at, s_BNTS.shape)
+        s_BNTS = jnp.where(allowed_BNTS, s_BNTS, 0.0)
     if plan.scale is None:
         s_BNTS = s_BNTS * shared["scale"].astype(plan.wide)
     elif not plan.scales_q:
@@ -143,7 +147,7 @@ def final(plan: Plan, data: Data, at: At, masked: bool, s_BNTS, bias_BNTS, share
         consts = (shared["score"], data.score)
         s_BNTS = plan.score(consts, s_BNTS, b, n, t + data.q_offset, s).astype(plan.wide)
     if masked:
-        s_BNTS = jnp.where(allowed(plan, data, at, s_BNTS.shape), s_BNTS, -jnp.inf)
+        s_BNTS = jnp.where(allowed_BNTS, s_BNTS, -jnp.inf)
     return s_BNTS
 
 

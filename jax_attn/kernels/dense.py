@@ -18,7 +18,11 @@ def final_logits(call: Call, allowed_BNTS: jax.Array | None) -> jax.Array:
     sizes, wide = call.sizes, call.wide
     q_BTKGH, k_BSKH = call.q_BTNH.reshape(sizes["BTKGH"]), call.k_BSKH
     s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
-    s_BNTS = s_BKGTS.reshape(sizes["BNTS"]) * jnp.asarray(call.scale, wide)
+    s_BNTS = s_BKGTS.reshape(sizes["BNTS"])
+    if allowed_BNTS is not None:
+        # Large junk makes inf - inf of a product, and 0 · NaN is NaN on the way back.
+        s_BNTS = jnp.where(allowed_BNTS, s_BNTS, 0.0)
+    s_BNTS = s_BNTS * jnp.asarray(call.scale, wide)
     if call.softcap is not None:
         s_BNTS = call.softcap * jnp.tanh(s_BNTS / call.softcap)
     if call.bias_BNTS is not None:
