@@ -157,13 +157,12 @@ def _attend_by_name(arrays, static, tree, implementation):
 # Compiled as one program also for a caller who does not use jit.
 _attend = jax.jit(_attend_by_name, static_argnums=(1, 2, 3), inline=True)
 
-# Up to so many pairs (T·S) a call is faster with its scores written out; measured by
-# experiments/bench_attention.py.
+# Up to so many pairs (T·S) scores are written out: on jax 0.12 that is faster than blocks, on
+# 0.10.2 about as fast (experiments.bench_attention --sizes=64,128,256 --peers=dense,blockwise).
 _DENSE_UP_TO = {"cpu": 256 * 256}
 _PASSED_OVER = {
     "dense": "would run, but takes O(T·S) memory",
     "blockwise": "would run, but what was picked is faster",
-    "native": "would run, but another was picked",
     "cudnn": "would run, but has no jvp, and no measurement here says that it is faster",
     "splash": "would run, but has no jvp, and no measurement here says that it is faster",
     "tokamax": "would run, but has no jvp, and no measurement here says that it is faster",

@@ -1,8 +1,8 @@
 """What the kernels of others share here: which calls they can take, and this library's meanings.
 
 cuDNN, tokamax and splash attention know masks only as a window and lengths, answer a row without
-keys with mean(v) or NaN, and let NaN in masked keys through. Each is called between `cleaned` and
-`settled`, which give rows without keys 0 and NaN to those rows alone that attend to one.
+keys with mean(v) or NaN, and let NaN in masked keys through. `run` calls them so that rows without
+keys give 0, and NaN reaches those rows alone that attend to one.
 """
 
 from collections.abc import Callable

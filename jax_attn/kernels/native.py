@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.kernels import blockwise, derivative
+from jax_attn.kernels import blockwise, derivative, fused
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import vary, vary_together, varying_axes
 from jax_attn.kernels.processor import processor
@@ -34,14 +34,9 @@ def refuses(call: Call) -> str | None:
     dtypes = {str(x.dtype) for x in (call.q_BTNH, call.k_BSKH, call.v_BSKE)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         return f"takes float32 or bfloat16, one for all, got {', '.join(sorted(dtypes))}"
-    for name in ("score", "bias_BNTS"):
-        if getattr(call, name) is not None:
-            return f"does not take {name}"
-    if call.dropout_rate > 0.0:
-        return "does not take dropout_rate"
-    for name in ("scale", "softcap"):
-        if not isinstance(getattr(call, name), int | float | np.number | None):
-            return f"needs {name} as a number, not as an array"
+    reason = fused.refuses_options(call, takes=("softcap", "sinks_N"))
+    if reason is not None:
+        return reason
     masks = _conjuncts(call.mask)
     known = Window | Prefix | Chunks | Lengths | Segments
     if not all(isinstance(mask, known) for mask in masks):

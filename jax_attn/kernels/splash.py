@@ -28,6 +28,9 @@ def refuses(call: Call) -> str | None:
         return f"takes bfloat16 or float32, got {call.q_BTNH.dtype}"
     if mask is not None and len(mask.segments) > 1:
         return "takes one segments mask, got several"
+    if mask is not None and mask.segments and mask.lengths:
+        # A row whose segment is padding alone has no key, which its window does not tell.
+        return "takes segments or lengths, not both"
     if mask is not None and mask.segments and z.T != z.S:
         return f"needs T = S with segments, got T={z.T}, S={z.S}"
     if (
