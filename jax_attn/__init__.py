@@ -31,6 +31,7 @@ from jax_attn.mixing import (
 from jax_attn.mlp import gated_mlp, init_gated_mlp, init_mlp, mlp
 from jax_attn.moe import Routing, init_moe, moe
 from jax_attn.norm import init_layer_norm, init_rms_norm, norm, rms_norm
+from jax_attn.observe import head_summary, mean_of, window_mass
 from jax_attn.params import check_leaves, count, draw
 from jax_attn.rope import Rope, rotate
 from jax_attn.shapes import ALPHABET, Sizes, axes, dims, spec
@@ -61,6 +62,7 @@ __all__ = [
     "extend",
     "gated_mlp",
     "generate",
+    "head_summary",
     "init_attention",
     "init_block",
     "init_cache",
@@ -76,6 +78,7 @@ __all__ = [
     "language_model",
     "lengths",
     "masks",
+    "mean_of",
     "mlp",
     "moe",
     "norm",
@@ -96,4 +99,5 @@ __all__ = [
     "train",
     "where",
     "window",
+    "window_mass",
 ]

@@ -9,6 +9,7 @@ import numpy as np
 from jax_attn.kernels import blockwise, cudnn, dense, native, splash, tokamax
 from jax_attn.kernels.call import Call, Score, checked
 from jax_attn.mask_types import Mask
+from jax_attn.observe import Mean
 
 _MODULES = {
     "dense": dense,
@@ -80,6 +81,7 @@ def explain(
     q_offset: Any = 0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    observe: tuple[str | Mean, ...] | None = None,
     implementation: str | None = None,
 ) -> Explanation:
     """Say which implementation a call would run, and for each other one why not.
@@ -107,6 +109,7 @@ def explain(
         q_offset,
         dropout_rate,
         dropout_key,
+        observe,
     )
     _check_name(implementation)
     reasons = {name: _refusal(name, call) for name in IMPLEMENTATIONS}
@@ -132,8 +135,9 @@ def _quadratic(call: Call) -> str:
     return f"takes O(T·S) memory (T={call.sizes.T}, S={call.sizes.S}), which strict() forbids"
 
 
-def run(call: Call, implementation: str | None) -> jax.Array:
-    """Run a call by the named implementation, or the one that is picked."""
+def run(call: Call, implementation: str | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Run a call by the named implementation, or the one that is picked; return the output and
+    what was to be observed."""
     _check_name(implementation)
     if implementation is None:
         implementation = _pick(call)[0]

@@ -8,6 +8,7 @@ from jax_attn import dispatch, softmax
 from jax_attn.kernels import dense
 from jax_attn.kernels.call import Score, checked
 from jax_attn.mask_types import Mask
+from jax_attn.observe import Mean
 
 
 def dot_product_attention(
@@ -24,8 +25,9 @@ def dot_product_attention(
     q_offset: Any = 0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    observe: tuple[str | Mean, ...] | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Any:
     """Attend queries to keys and mix values.
 
         out = softmax(mask(score(softcap·tanh(scale·q k^T / softcap) + bias))) v
@@ -50,6 +52,7 @@ def dot_product_attention(
       dropout_rate: share of probabilities set to 0, the rest divided by 1 - rate; a pure function
         of (dropout_key, b, n, t, s).
       dropout_key: needed if dropout_rate > 0.
+      observe: names of statistics and entries made by `mean_of` and `window_mass`; see below.
       implementation: None to let the library pick (`explain` says what and why), or one by name,
         which runs or raises; nothing falls back. "dense" writes the scores out, O(T·S) memory.
         "blockwise" takes every option at O(T + S) memory, values and derivatives of any order
@@ -57,7 +60,21 @@ def dot_product_attention(
         below. "native" is a C++ kernel for CPUs (`python -m jax_attn.compile`); derivatives other
         than the first in reverse mode are taken through "blockwise". "cudnn", "splash" and
         "tokamax" are the kernels of others and have that first derivative alone.
-    Returns: [B,T,N,E], dtype of v.
+    Returns: out [B,T,N,E], dtype of v; with `observe` (out, seen), seen a dict of [B,T,N], float32
+      or wider whatever the inputs. With s the final logits of a row, after scale, soft-cap, bias,
+      score and mask, and p its probabilities before dropout, those of the sink among them:
+        "lse": log Σ e^s                       "max_logit": max s, of keys alone
+        "entropy": -Σ p log p, nats            "effective_keys": 1 / Σ p²
+        "min_entropy": lse - max_logit, nats   "max_prob": e^(max_logit - lse)
+        "expected_distance": Σ p·(key - position), positions
+        "first_mass": p of key 0               "self_mass": p of the key at the row's own position
+        "argmax_key": the first key of the largest logit, int32
+      A row without keys has lse (unless there is a sink) and max_logit -inf, argmax_key -1, and
+      otherwise 0. All but argmax_key have derivatives: that of max_logit goes to the first of the
+      largest keys. They are columns of
+      the same pass: O(T) memory, nothing for what is not asked for, and out stays what it is. The
+      kernels of others round what extra columns of values could give to the values' dtype, so
+      they refuse `observe`; "native" takes a second pass in blocks, except for lse and the masses.
     Raises: ValueError naming the argument, the axis letter and both sizes.
     Example:
       >>> import jax.numpy as jnp
@@ -65,6 +82,11 @@ def dot_product_attention(
       >>> q_BTNH, k_BSKH, v_BSKE = (jnp.ones((2, 3, n, 5)) for n in (4, 2, 2))
       >>> dot_product_attention(q_BTNH, k_BSKH, v_BSKE, mask=causal()).shape
       (2, 3, 4, 5)
+      >>> out, seen = dot_product_attention(
+      ...     q_BTNH, k_BSKH, v_BSKE, mask=causal(), observe=("effective_keys",)
+      ... )
+      >>> [round(float(x), 2) for x in seen["effective_keys"][0, :, 0]]
+      [1.0, 2.0, 3.0]
     """
     call = checked(
         q_BTNH,
@@ -79,8 +101,10 @@ def dot_product_attention(
         q_offset,
         dropout_rate,
         dropout_key,
+        observe,
     )
-    return dispatch.run(call, implementation)
+    out_BTNE, seen = dispatch.run(call, implementation)
+    return out_BTNE if observe is None else (out_BTNE, seen)
 
 
 def dense_weights(
@@ -124,13 +148,14 @@ def dense_weights(
         q_offset,
         0.0,
         None,
+        None,
     )
     dispatch.forbid_quadratic("dense_weights", call)
     allowed_BNTS = None
     if call.mask is not None:
         b, n, t, s = dense.indices(call.sizes)
         allowed_BNTS = call.mask.allows(b, n, t, s, t + q_offset)
-    s_BNTS = dense.final_logits(call, allowed_BNTS)
+    s_BNTS = dense.logits(call, allowed_BNTS)
     row = softmax.summarize(s_BNTS, lambda e_BNTS: e_BNTS)
     if sinks_N is not None:
         row = softmax.merge(row, softmax.sink(sinks_N[None, :, None], row))

@@ -164,7 +164,7 @@ class Prefix(Mask):
     n_B: Any
 
     def allows(self, b, n, t, s, p):
-        return s < (_at(self.n_B, b) if jnp.ndim(self.n_B) else self.n_B)
+        return s < (at_index(self.n_B, b) if jnp.ndim(self.n_B) else self.n_B)
 
     def coverage(self, t0, nt, s0, ns, q_offset=0):
         return Coverage(s0 < _largest(self.n_B), s0 + ns <= _smallest(self.n_B))
@@ -200,7 +200,7 @@ class Segments(Mask):
     kv_ids_BS: Any
 
     def allows(self, b, n, t, s, p):
-        return _at(self.q_ids_BT, b, t) == _at(self.kv_ids_BS, b, s)
+        return at_index(self.q_ids_BT, b, t) == at_index(self.kv_ids_BS, b, s)
 
     def coverage(self, t0, nt, s0, ns, q_offset=0):
         q_ids = _slice(jnp.asarray(self.q_ids_BT), t0, nt, axis=1)
@@ -235,9 +235,9 @@ class Lengths(Mask):
     def allows(self, b, n, t, s, p):
         inside = (t == t) & (s == s)
         if self.q_B is not None:
-            inside = inside & (t < _at(self.q_B, b))
+            inside = inside & (t < at_index(self.q_B, b))
         if self.kv_B is not None:
-            inside = inside & (s < _at(self.kv_B, b))
+            inside = inside & (s < at_index(self.kv_B, b))
         return inside
 
     def coverage(self, t0, nt, s0, ns, q_offset=0):
@@ -282,7 +282,7 @@ class Dense(Mask):
     mask_BNTS: Any
 
     def allows(self, b, n, t, s, p):
-        return _at(self.mask_BNTS, b, n, t, s)
+        return at_index(self.mask_BNTS, b, n, t, s)
 
     def coverage(self, t0, nt, s0, ns, q_offset=0):
         block = jnp.asarray(self.mask_BNTS)
@@ -361,7 +361,7 @@ def _checked(mask: Any) -> Mask:
     return mask
 
 
-def _at(array: Any, *index: Any) -> jax.Array:
+def at_index(array: Any, *index: Any) -> jax.Array:
     """Index an array; its axes of size 1 broadcast, and stay 1 in the result."""
     array = jnp.asarray(array)
     zero = jnp.zeros((1,) * jnp.ndim(index[0]), jnp.int32)

@@ -5,9 +5,10 @@ import pytest
 from jax_attn.kernels import blockwise
 from tests.attention_cases import MASKS, check
 from tests.attention_contract import OPTIONS, AttentionContract
+from tests.observe_contract import Observes
 
 
-class TestManyBlocks(AttentionContract):
+class TestManyBlocks(AttentionContract, Observes):
     """Blocks of 3 queries by 5 keys: every size is padded, every mask has blocks of every kind."""
 
     implementation = "blockwise"

@@ -21,6 +21,7 @@ pytest.register_assert_rewrite(
     "tests.attention_contract",
     "tests.derivatives_contract",
     "tests.masked_contract",
+    "tests.observe_contract",
     "tests.oracle",
 )
 

@@ -9,11 +9,12 @@ from jax_attn import dense_weights, dot_product_attention
 from tests import oracle
 from tests.attention_cases import FULL, MASKS, SHAPES, Options, allowed, draw
 from tests.attention_contract import AttentionContract
+from tests.observe_contract import Observes
 
 Z = SHAPES["gqa"]
 
 
-class TestDense(AttentionContract):
+class TestDense(AttentionContract, Observes):
     implementation = "dense"
 
 

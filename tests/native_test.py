@@ -16,6 +16,7 @@ from jax_attn.compile import build
 from jax_attn.kernels import native
 from tests.attention_cases import Options, check
 from tests.attention_contract import AttentionContract
+from tests.observe_contract import Observes
 
 INTERVALS = ("causal", "window", "ahead", "prefix_B", "chunks", "segments", "lengths", "packed")
 
@@ -34,7 +35,7 @@ def library():
         yield
 
 
-class TestNative(AttentionContract):
+class TestNative(AttentionContract, Observes):
     implementation = "native"
     dtypes = ("float32", "bfloat16")
     every_option = Options(softcap=3.0, scale=0.7, sinks=True, q_offset=3)

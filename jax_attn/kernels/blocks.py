@@ -32,6 +32,8 @@ class Plan(NamedTuple):
     rate: float
     wide: Any  # dtype of logits and sums
     narrow: Any  # dtype of matmul operands
+    columns: tuple[str, ...] = ()  # see columns.py
+    means: tuple[Callable[..., Any], ...] = ()  # (consts, b, n, t, s) -> number
 
     @property
     def scales_q(self) -> bool:
@@ -40,7 +42,8 @@ class Plan(NamedTuple):
 
 
 class Point(NamedTuple):
-    """What has a derivative. `shared` holds scale and softcap if traced, and the score's arrays."""
+    """What has a derivative. `shared` holds scale and softcap if traced, and the arrays that the
+    score and the means close over."""
 
     q_BKGTH: Any
     k_BKSH: Any
@@ -53,6 +56,7 @@ class Point(NamedTuple):
 class Value(NamedTuple):
     o_BKGTE: Any
     lse_BKGT: Any
+    seen_BKGT: dict[str, Any]  # columns of the plan
 
 
 class Data(NamedTuple):
@@ -64,6 +68,7 @@ class Data(NamedTuple):
     q_offset: Any
     by_query: Any  # Visits
     by_key: Any
+    means: Any = ()
 
 
 class Visits(NamedTuple):

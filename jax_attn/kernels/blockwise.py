@@ -1,12 +1,13 @@
 """Attention in blocks, for any backend: pads and cuts the inputs, for the folds of `folds.py`."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.kernels import blocks, dense, folds
+from jax_attn.kernels import blocks, dense, folds, observations
 from jax_attn.kernels.blocks import At, Data, Plan, Point
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import hoist, vary_together
@@ -26,25 +27,49 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def attend(call: Call) -> jax.Array:
-    """Run attention block by block."""
-    if 0 in call.sizes["BTSNE"]:
-        return jnp.zeros(call.sizes["BTNE"], call.v_BSKE.dtype)
-    return attend_with_lse(call)[0]
+def attend(call: Call) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Run attention block by block; return the output and what was to be observed."""
+    if 0 in call.sizes["BTSN"]:
+        out_BTNE = jnp.zeros(call.sizes["BTNE"], call.v_BSKE.dtype)
+        return out_BTNE, observations.of_nothing(call)
+    out_BTNE, lse_BNT, rows = attend_with_lse(call)
+    if not (call.statistics or call.means):
+        return out_BTNE, {}
+    return out_BTNE, finish(call, lse_BNT, rows)
 
 
-def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array]:
-    """Run attention on arrays that are not empty; return the output and lse [B,N,T]."""
-    sizes = call.sizes
+def observe(call: Call) -> dict[str, jax.Array]:
+    """Return what is to be observed alone: a pass without values."""
+    return attend(replace(call, v_BSKE=call.v_BSKE[..., :0], dropout_key=None, dropout_rate=0.0))[1]
+
+
+def finish(call: Call, lse_BNT: jax.Array, rows: dict[str, Any]) -> dict[str, jax.Array]:
+    """Turn lse and columns of all rows, [B,N,T], into the statistics of a call."""
+    if call.mask is None:
+        return observations.finish(call, lse_BNT, rows, None)
+    poison_BTN = poison(replace(call, v_BSKE=call.v_BSKE[..., :0]))
+    return observations.finish(_finite(call), lse_BNT, rows, poison_BTN)
+
+
+def _finite(call: Call) -> Call:
+    """Put 0 for what is not finite in q, k and v."""
+    q_BTNH, k_BSKH, v_BSKE = (
+        jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+        for x in (call.q_BTNH, call.k_BSKH, call.v_BSKE)
+    )
+    return replace(call, q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE)
+
+
+def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Run attention on arrays that are not empty; return the output, lse [B,N,T] and columns."""
+    sizes, given = call.sizes, call
     plan, data, shared = _prepare(call)
-    q_BKGTH = call.q_BTNH.reshape(sizes["BTKGH"]).transpose(0, 2, 3, 1, 4)
-    k_BKSH, v_BKSE = (x.transpose(0, 2, 1, 3) for x in (call.k_BSKH, call.v_BSKE))
     if call.mask is not None:
         # 0 · NaN is NaN, forward and backward: replace what is not finite before it meets a zero
         # probability, and give the NaN back to the rows that do attend to it.
-        q_BKGTH, k_BKSH, v_BKSE = (
-            jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in (q_BKGTH, k_BKSH, v_BKSE)
-        )
+        call = _finite(call)
+    q_BKGTH = call.q_BTNH.reshape(sizes["BTKGH"]).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSE = (x.transpose(0, 2, 1, 3) for x in (call.k_BSKH, call.v_BSKE))
     bias_BNTS, sinks_N = call.bias_BNTS, call.sinks_N
     if bias_BNTS is not None:
         bias_BNTS = _pad(_pad(bias_BNTS, 2, plan.queries), 3, plan.keys)
@@ -60,9 +85,9 @@ def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array]:
     o_BKGTE = value.o_BKGTE[:, :, :, : sizes.T]
     o_BTNE = o_BKGTE.transpose(0, 3, 1, 2, 4).reshape(sizes["BTNE"])
     if call.mask is not None:
-        o_BTNE = o_BTNE + _poison(call, plan, data)[..., None]
-    lse_BNT = value.lse_BKGT[..., : sizes.T].reshape(sizes["BNT"])
-    return o_BTNE.astype(call.v_BSKE.dtype), lse_BNT
+        o_BTNE = o_BTNE + _poison(given, plan, data)[..., None]
+    lse_BNT, rows = jax.tree.map(lambda x: x[..., : sizes.T].reshape(sizes["BNT"]), value[1:])
+    return o_BTNE.astype(call.v_BSKE.dtype), lse_BNT, rows
 
 
 def poison(call: Call) -> jax.Array:
@@ -112,6 +137,7 @@ def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
         rate=call.dropout_rate,
         wide=call.wide,
         narrow=_narrow(call),
+        columns=observations.columns(call),
     )
     shared: dict[str, Any] = {}
     if plan.scale is None:
@@ -128,19 +154,33 @@ def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
     if call.score is not None:
         logits = jax.ShapeDtypeStruct((*unit, queries, keys), plan.wide)
         hoisted, consts = hoist(call.score, logits, *index)
-        moving = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in consts]
-        shared["score"] = [x for x, yes in zip(consts, moving, strict=True) if yes]
-        score_consts = [x for x, yes in zip(consts, moving, strict=True) if not yes]
-
-        def score(consts, *args):
-            floats, others = map(iter, consts)
-            return hoisted([next(floats if yes else others) for yes in moving], *args)
-
+        score, shared["score"], score_consts = _parted(hoisted, consts)
         plan = plan._replace(score=score)
+    mean_consts = []
+    for mean in observations.means(call):
+        hoisted, consts = hoist(mean, *index)
+        f, floats, others = _parted(hoisted, consts)
+        plan = plan._replace(means=(*plan.means, f))
+        shared.setdefault("means", []).append(floats)
+        mean_consts.append(others)
 
     by_query, by_key = blocks.visits(mask, plan, call.q_offset)
     key = None if plan.rate == 0.0 else jax.random.key_data(call.dropout_key)
-    return plan, Data(mask_consts, score_consts, key, call.q_offset, by_query, by_key), shared
+    data = Data(mask_consts, score_consts, key, call.q_offset, by_query, by_key, mean_consts)
+    return plan, data, shared
+
+
+def _parted(hoisted: Any, consts: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+    """Part what a function closed over into what may have a derivative and what has none; return
+    the function of ((the one, the other), *args), and both."""
+    moving = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in consts]
+
+    def fn(consts, *args):
+        floats, others = map(iter, consts)
+        return hoisted([next(floats if yes else others) for yes in moving], *args)
+
+    floats = [x for x, yes in zip(consts, moving, strict=True) if yes]
+    return fn, floats, [x for x, yes in zip(consts, moving, strict=True) if not yes]
 
 
 def _narrow(call: Call) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from jax_attn import dropout
 from jax_attn.mask_types import Mask
 from jax_attn.masks import dense as dense_mask
+from jax_attn.observe import Mean, check_observe
 from jax_attn.shapes import Sizes, dims, fits, floating, integer
 
 Score = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -34,6 +35,8 @@ class Call:
     q_offset: Any
     dropout_key: Any
     dropout_rate: float = field(metadata={"static": True})
+    statistics: tuple[str, ...] = field(default=(), metadata={"static": True})
+    means: tuple[Mean, ...] = ()
 
     @property
     def sizes(self) -> Sizes:
@@ -61,12 +64,14 @@ def checked(
     q_offset: Any,
     dropout_rate: Any,
     dropout_key: Any,
+    observe: Any,
 ) -> Call:
     """Return the call, or raise the ValueError that names what does not fit."""
     sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, sinks_N)
     mask = check_mask(mask, sizes)
     check_options(sizes, score, scale, softcap, q_offset)
     dropout.check(dropout_rate, dropout_key)
+    statistics, means = check_observe(observe, sizes)
     scale = sizes.H**-0.5 if scale is None else scale
     rate = float(dropout_rate)
     return Call(
@@ -82,6 +87,8 @@ def checked(
         q_offset,
         None if rate == 0.0 else dropout_key,
         rate,
+        statistics,
+        means,
     )
 
 

@@ -22,7 +22,7 @@ def refuses(call: Call) -> str | None:
     return fused.refuses_options(call) or fused.refuses_mask(call)
 
 
-def attend(call: Call) -> jax.Array:
+def attend(call: Call) -> tuple[jax.Array, dict]:
     """Run the call on cuDNN."""
     return fused.run(call, _kernel)
 

@@ -6,33 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from jax_attn import dropout, softmax
+from jax_attn.kernels import observations
 from jax_attn.kernels.call import Call
-from jax_attn.shapes import Sizes
+from jax_attn.kernels.pairs import final_logits, indices
 
 
-def final_logits(call: Call, allowed_BNTS: jax.Array | None) -> jax.Array:
-    """Compute the logits that the softmax sees: scale, soft-cap, bias, score, mask, in this order.
-
-    Returns: [B,N,T,S], float32 or wider; -inf where a pair is masked.
-    """
-    sizes, wide = call.sizes, call.wide
+def logits(call: Call, allowed_BNTS: jax.Array | None) -> jax.Array:
+    """Compute the logits that the softmax sees: [B,N,T,S], float32 or wider; -inf where masked."""
+    sizes = call.sizes
     q_BTKGH, k_BSKH = call.q_BTNH.reshape(sizes["BTKGH"]), call.k_BSKH
-    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide)
+    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=call.wide)
     s_BNTS = s_BKGTS.reshape(sizes["BNTS"])
-    if allowed_BNTS is not None:
-        # Large junk makes inf - inf of a product, and 0 · NaN is NaN on the way back.
-        s_BNTS = jnp.where(allowed_BNTS, s_BNTS, 0.0)
-    s_BNTS = s_BNTS * jnp.asarray(call.scale, wide)
-    if call.softcap is not None:
-        s_BNTS = call.softcap * jnp.tanh(s_BNTS / call.softcap)
-    if call.bias_BNTS is not None:
-        s_BNTS = s_BNTS + call.bias_BNTS.astype(wide)
-    if call.score is not None:
-        b, n, t, s = indices(sizes)
-        s_BNTS = call.score(s_BNTS, b, n, t + call.q_offset, s).astype(wide)
-    if allowed_BNTS is not None:
-        s_BNTS = jnp.where(allowed_BNTS, s_BNTS, -jnp.inf)
-    return s_BNTS
+    return final_logits(call, s_BNTS, allowed_BNTS, call.bias_BNTS, indices(sizes))
 
 
 def refuses(call: Call) -> str | None:
@@ -40,9 +25,14 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def attend(call: Call) -> jax.Array:
-    """Run attention as one part of the softmax algebra."""
+def attend(call: Call) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Run attention as one part of the softmax algebra; return the output and what was to be
+    observed."""
     sizes, mask, q_offset, wide = call.sizes, call.mask, call.q_offset, call.wide
+    given, observed = call, bool(call.statistics or call.means)
+    if observed and 0 in sizes["BTSN"]:
+        out_BTNE = jnp.zeros(sizes["BTNE"], call.v_BSKE.dtype)
+        return out_BTNE, observations.of_nothing(call)
     q_BTNH, k_BSKH, v_BSKE = call.q_BTNH, call.k_BSKH, call.v_BSKE
     poison_BNT, allowed_BNTS = None, None
     if mask is not None:
@@ -59,9 +49,9 @@ def attend(call: Call) -> jax.Array:
             jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for x in (q_BTNH, k_BSKH, v_BSKE)
         )
 
+    call = replace(call, q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE)
     with jax.named_scope("scores"):
-        call = replace(call, q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE)
-        s_BNTS = final_logits(call, allowed_BNTS)
+        s_BNTS = logits(call, allowed_BNTS)
 
     def contract(e_BNTS: jax.Array) -> jax.Array:
         if call.dropout_rate > 0.0:
@@ -83,7 +73,43 @@ def attend(call: Call) -> jax.Array:
             # Added, not selected: the gradient passes to the clean values, so that a poisoned
             # row which the loss does not use cannot reach them either.
             o_BNTE = o_BNTE + poison_BNT[..., None]
-    return o_BNTE.transpose(0, 2, 1, 3).astype(v_BSKE.dtype)
+    out_BTNE = o_BNTE.transpose(0, 2, 1, 3).astype(v_BSKE.dtype)
+    if not observed:
+        return out_BTNE, {}
+    with jax.named_scope("observe"):
+        poison_BTN = None
+        if allowed_BNTS is not None:
+            no_values = replace(given, v_BSKE=v_BSKE[..., :0])
+            poison_BTN = jax.lax.cond(
+                all_finite(given.q_BTNH, given.k_BSKH),
+                lambda: jnp.zeros_like(q_BTNH[..., 0], wide),
+                lambda: _poison(no_values, allowed_BNTS).transpose(0, 2, 1),
+            )
+        lse_BNT, rows = _columns(call, s_BNTS)
+        return out_BTNE, observations.finish(call, lse_BNT, rows, poison_BTN)
+
+
+def _columns(call: Call, s_BNTS: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return lse and, for `observations.finish`, what it needs of each row, [B,N,T]."""
+    b, n, t, s = indices(call.sizes)
+
+    def contract(e_BNTS: jax.Array) -> dict[str, jax.Array]:
+        made = {}
+        for i, mean in enumerate(observations.means(call)):
+            f_BNTS = jnp.broadcast_to(mean(b, n, t + call.q_offset, s), e_BNTS.shape)
+            f_BNTS = jnp.where(s_BNTS > -jnp.inf, f_BNTS.astype(call.wide), 0.0)
+            made[f"mean.{i}"] = jnp.sum(e_BNTS * f_BNTS, axis=-1)
+        return made
+
+    row = softmax.summarize(s_BNTS, contract)
+    if call.sinks_N is not None:
+        row = softmax.merge(row, softmax.sink(call.sinks_N[None, :, None], row))
+    done = softmax.finish(row)
+    first_BNT = jnp.argmax(s_BNTS, axis=-1)
+    max_BNT = jnp.take_along_axis(s_BNTS, first_BNT[..., None], axis=-1)[..., 0]
+    argmax_BNT = jnp.where(max_BNT == -jnp.inf, -1, first_BNT).astype(call.wide)
+    rows = {"max": max_BNT, "argmax": argmax_BNT, "entropy": done.entropy, "square": done.square}
+    return done.lse, rows | done.value
 
 
 def all_finite(*arrays: jax.Array) -> jax.Array:
@@ -100,13 +126,3 @@ def _poison(call: Call, allowed_BNTS: jax.Array) -> jax.Array:
     bad_kv_BNS = jnp.repeat(bad_kv_BSK, call.sizes.G, axis=2).transpose(0, 2, 1)
     bad_BNTS = bad_q_BTN.transpose(0, 2, 1)[..., None] | bad_kv_BNS[:, :, None]
     return jnp.where((allowed_BNTS & bad_BNTS).any(axis=-1), jnp.nan, 0.0).astype(call.wide)
-
-
-def indices(sizes: Sizes) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return index arrays of b, n, t, s, shaped to broadcast to [B,N,T,S]."""
-    return (
-        jnp.arange(sizes.B)[:, None, None, None],
-        jnp.arange(sizes.N)[None, :, None, None],
-        jnp.arange(sizes.T)[None, None, :, None],
-        jnp.arange(sizes.S)[None, None, None, :],
-    )

@@ -26,7 +26,8 @@ from jax_attn.kernels.hoist import vary, varying_axes
 
 class Rules(NamedTuple):
     """Both directions, (point, value, data, x, reversible) -> y, linear in x. `point` is what the
-    function was given, `value` what it returned, `data` what has no derivative."""
+    function was given, `value` what it returned, `data` what has no derivative. A leaf of pull's x
+    is None where JAX knows that nothing depends on it."""
 
     push: Callable[..., Any]
     pull: Callable[..., Any]
@@ -37,7 +38,8 @@ def push(rules: Rules, point: Any, value: Any, data: Any, tangent: Any) -> Any:
     parts = (point, value, data)
     leaves, tree = jax.tree.flatten(parts)
     x = jax.tree.leaves(tangent)
-    made = _derivative_p.bind(*leaves, *x, direction="push", rules=rules, tree=tree)
+    params = {"direction": "push", "rules": rules, "tree": tree, "given": (True,) * len(x)}
+    made = _derivative_p.bind(*leaves, *x, **params)
     return jax.tree.unflatten(jax.tree.structure(value), made)
 
 
@@ -45,32 +47,33 @@ _derivative_p = Primitive("attention_derivative")
 _derivative_p.multiple_results = True
 
 
-def _run(args, direction, rules, tree, reversible):
+def _run(args, direction, rules, tree, given, reversible):
     point, value, data = jax.tree.unflatten(tree, args[: tree.num_leaves])
-    given = point if direction == "push" else value
-    x = jax.tree.unflatten(jax.tree.structure(given), args[tree.num_leaves :])
+    like, present = point if direction == "push" else value, iter(args[tree.num_leaves :])
+    leaves = [next(present) if there else None for there in given]
+    x = jax.tree.unflatten(jax.tree.structure(like), leaves)
     rule = rules.push if direction == "push" else rules.pull
     return jax.tree.leaves(rule(point, value, data, x, reversible))
 
 
-def _shapes(*avals, direction, rules, tree):
-    del rules
+def _shapes(*avals, direction, rules, tree, given):
+    del rules, given
     point, value, _ = jax.tree.unflatten(tree, avals[: tree.num_leaves])
     made = jax.tree.leaves(value if direction == "push" else point)
     return [aval.strip_weak_type() for aval in made]
 
 
-def _fast(*args, direction, rules, tree):
-    return _run(args, direction, rules, tree, reversible=False)
+def _fast(*args, direction, rules, tree, given):
+    return _run(args, direction, rules, tree, given, reversible=False)
 
 
-def _impl(*args, direction, rules, tree):
-    run = partial(_fast, direction=direction, rules=rules, tree=tree)
+def _impl(*args, direction, rules, tree, given):
+    run = partial(_fast, direction=direction, rules=rules, tree=tree, given=given)
     return jax.jit(run)(*args)
 
 
-def _jvp(primals, tangents, *, direction, rules, tree):
-    params = {"direction": direction, "rules": rules, "tree": tree}
+def _jvp(primals, tangents, *, direction, rules, tree, given):
+    params = {"direction": direction, "rules": rules, "tree": tree, "given": given}
     at = tree.num_leaves
     made = _derivative_p.bind(*primals, **params)
     total = [None] * len(made)
@@ -98,12 +101,19 @@ def _jvp(primals, tangents, *, direction, rules, tree):
     return made, total
 
 
-def _transpose(cotangents, *args, direction, rules, tree):
-    other = "pull" if direction == "push" else "push"
+def _transpose(cotangents, *args, direction, rules, tree, given):
     at = tree.num_leaves
-    point, value, _ = jax.tree.unflatten(tree, args[:at])
-    moved = _instantiated(cotangents, jax.tree.leaves(value if direction == "push" else point))
-    made = _derivative_p.bind(*args[:at], *moved, direction=other, rules=rules, tree=tree)
+    point = jax.tree.unflatten(tree, args[:at])[0]
+    params = {"rules": rules, "tree": tree}
+    if direction == "push":
+        there = tuple(type(c) is not ad.Zero for c in cotangents)
+        moved = [c for c, yes in zip(cotangents, there, strict=True) if yes]
+        made = _derivative_p.bind(*args[:at], *moved, direction="pull", given=there, **params)
+    else:
+        moved = _instantiated(cotangents, jax.tree.leaves(point))
+        every = (True,) * len(moved)
+        made = _derivative_p.bind(*args[:at], *moved, direction="push", given=every, **params)
+        made = [x for x, yes in zip(made, given, strict=True) if yes]
     return [None] * at + made
 
 
@@ -117,7 +127,7 @@ def _instantiated(tangents, like):
     return made
 
 
-def _batch(args, axes, *, direction, rules, tree):
+def _batch(args, axes, *, direction, rules, tree, given):
     """Map both directions. What has no derivative, block tables above all, is mapped only if it
     came mapped: loops then keep their lengths."""
     at, size = tree.num_leaves, _mapped_size(args, axes)
@@ -141,7 +151,7 @@ def _batch(args, axes, *, direction, rules, tree):
         return run
 
     both = Rules(mapped(rules.push), mapped(rules.pull))
-    made = _derivative_p.bind(*args, direction=direction, rules=both, tree=tree)
+    made = _derivative_p.bind(*args, direction=direction, rules=both, tree=tree, given=given)
     return made, [0] * len(made)
 
 

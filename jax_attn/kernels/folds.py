@@ -6,12 +6,11 @@ are skipped, blocks whose pairs are all allowed run without a mask.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_attn.kernels import derivative
+from jax_attn.kernels import columns, derivative
 from jax_attn.kernels.blocks import (
     At,
     Data,
@@ -24,13 +23,13 @@ from jax_attn.kernels.blocks import (
     cut_bias,
     final,
     kept,
-    loop,
 )
+from jax_attn.kernels.walk import join, over_units, rows, visit
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def fold(plan: Plan, point: Point, data: Data) -> Value:
-    """Return output and lse of every row, float32 or wider."""
+    """Return output, lse and columns of every row, float32 or wider."""
     return _forward(plan, point, data)
 
 
@@ -52,9 +51,10 @@ def _forward(plan: Plan, point: Point, data: Data) -> Value:
             o_BKGTE = jnp.zeros((*q_BKGTH.shape[:4], point.v_BKSE.shape[3]), plan.wide)
             l_BKGT = jnp.zeros_like(q_BKGTH[..., 0], plan.wide)
             m_BKGT = jnp.full_like(l_BKGT, -jnp.inf)
+            seen = columns.start(plan, l_BKGT)
 
             def step(masked, at, carry):
-                m_BKGT, l_BKGT, o_BKGTE = carry
+                m_BKGT, l_BKGT, o_BKGTE, seen = carry
                 j = data.by_query.order[i, at]
                 at = At(b, k * G, i * plan.queries, j * plan.keys)
                 k_BKSH = cut(point.k_BKSH, at.s, plan.keys, 2)
@@ -70,6 +70,10 @@ def _forward(plan: Plan, point: Point, data: Data) -> Value:
                 shift_BKGT = jnp.where(top_BKGT == -jnp.inf, 0.0, top_BKGT)
                 r_BKGT = jnp.exp(m_BKGT - shift_BKGT)
                 e_BKGTS = jnp.exp(s_BKGTS - shift_BKGT[..., None])
+                seen = columns.rescale(seen, m_BKGT, shift_BKGT, r_BKGT, l_BKGT)
+                seen = columns.add(
+                    plan, data, point.shared, at, masked, seen, s_BKGTS, e_BKGTS, shift_BKGT, m_BKGT
+                )
                 l_BKGT = l_BKGT * r_BKGT + jnp.sum(e_BKGTS, axis=-1)
                 if plan.rate > 0.0:
                     stays_BKGTS = kept(plan, data, at, s_BNTS.shape).reshape(s_BKGTS.shape)
@@ -80,45 +84,57 @@ def _forward(plan: Plan, point: Point, data: Data) -> Value:
                     v_BKSE,
                     preferred_element_type=plan.wide,
                 )
-                return top_BKGT, l_BKGT, o_BKGTE
+                return top_BKGT, l_BKGT, o_BKGTE, seen
 
             visits = data.by_query
-            carry = _visit(plan, visits, i, bound, step, (m_BKGT, l_BKGT, o_BKGTE), False)
-            m_BKGT, l_BKGT, o_BKGTE = carry
+            carry = visit(plan, visits, i, bound, step, (m_BKGT, l_BKGT, o_BKGTE, seen), False)
+            m_BKGT, l_BKGT, o_BKGTE, seen = carry
+            of_keys_BKGT = m_BKGT
             if point.sinks_KG is not None:
                 z_BKGT = point.sinks_KG.astype(plan.wide)[None, :, :, None]
                 top_BKGT = jnp.maximum(m_BKGT, z_BKGT)
                 shift_BKGT = jnp.where(top_BKGT == -jnp.inf, 0.0, top_BKGT)
                 r_BKGT = jnp.exp(m_BKGT - shift_BKGT)
+                seen = columns.rescale(seen, m_BKGT, shift_BKGT, r_BKGT, l_BKGT)
+                seen = columns.add_sink(seen, z_BKGT, shift_BKGT)
                 l_BKGT = l_BKGT * r_BKGT + jnp.exp(z_BKGT - shift_BKGT)
                 o_BKGTE, m_BKGT = o_BKGTE * r_BKGT[..., None], top_BKGT
             none_BKGT = l_BKGT == 0.0
             l_BKGT = jnp.where(none_BKGT, 1.0, l_BKGT)
             lse_BKGT = jnp.where(none_BKGT, -jnp.inf, m_BKGT + jnp.log(l_BKGT))
-            return Value(o_BKGTE / l_BKGT[..., None], lse_BKGT)
+            seen = columns.finish(plan, seen, l_BKGT, of_keys_BKGT)
+            return Value(o_BKGTE / l_BKGT[..., None], lse_BKGT, seen)
 
-        return _rows(row, T // plan.queries)
+        return rows(row, T // plan.queries)
 
     def every(_, at, point):
         return None, unit(at[0], at[1], point)
 
-    return _over_units(plan, point, every, None)[1]
+    return over_units(plan, point, every, None)[1]
 
 
 def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversible: bool) -> Point:
     """Return the cotangent of the point for that of the value.
 
     With D = Σ do·o - dlse: ds = p·(dP - D), and from ds those of q, k, bias, scale and the score.
+    `columns` says what statistics add.
     """
-    delta_BKGT = jnp.sum(d.o_BKGTE * value.o_BKGTE, axis=-1) - d.lse_BKGT
+    do_BKGTE, dlse_BKGT = (
+        jnp.zeros_like(x) if dx is None else dx for x, dx in zip(value[:2], d[:2], strict=True)
+    )
+    d_seen = {name: x for name, x in d.seen_BKGT.items() if x is not None}
+    delta_BKGT = jnp.sum(do_BKGTE * value.o_BKGTE, axis=-1) - dlse_BKGT
+    delta_BKGT = delta_BKGT + columns.moved(value.seen_BKGT, d_seen)
     lse_BKGT = _no_row_of_nothing(value.lse_BKGT)
     d_sinks_KG = None
     if point.sinks_KG is not None:
-        p_BKGT = jnp.exp(point.sinks_KG.astype(plan.wide)[None, :, :, None] - lse_BKGT)
-        d_sinks_KG = -jnp.sum(p_BKGT * delta_BKGT, axis=(0, 3)).astype(point.sinks_KG.dtype)
+        z_BKGT = point.sinks_KG.astype(plan.wide)[None, :, :, None]
+        p_BKGT = jnp.exp(z_BKGT - lse_BKGT)
+        slope_BKGT = columns.sink_slope(d_seen, p_BKGT, z_BKGT, lse_BKGT) - delta_BKGT
+        d_sinks_KG = jnp.sum(p_BKGT * slope_BKGT, axis=(0, 3)).astype(point.sinks_KG.dtype)
 
     def unit(carry, at, parts):
-        point, lse_BKGT, delta_BKGT, do_BKGTE = parts
+        point, lse_BKGT, delta_BKGT, do_BKGTE, d_seen, argmax_BKGT = parts
         b, k = at
         B, K, G, T = point.q_BKGTH.shape[:4]
         bound = T // plan.queries
@@ -154,9 +170,23 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
                     stays_BKGTS = kept(plan, data, at, shape).reshape(s_BKGTS.shape)
                     mixed_BKGTS = jnp.where(stays_BKGTS, p_BKGTS / (1.0 - plan.rate), 0.0)
                     dp_BKGTS = jnp.where(stays_BKGTS, dp_BKGTS / (1.0 - plan.rate), 0.0)
-                delta_row = cut(delta_BKGT, at.t, plan.queries, 3)[..., None]
-                ds_BKGTS = p_BKGTS * (dp_BKGTS - delta_row)
+                delta_row, argmax_row, d_seen_row = (
+                    jax.tree.map(lambda x: cut(x, at.t, plan.queries, 3)[..., None], rows)
+                    for rows in (delta_BKGT, argmax_BKGT, d_seen)
+                )
+                slope_BKGTS = dp_BKGTS - delta_row
+                more_BKGTS, beside_BKGTS, d_means = columns.slope(
+                    *(plan, data, point.shared, at, masked, d_seen_row, argmax_row),
+                    *(p_BKGTS, s_BNTS.reshape(s_BKGTS.shape), lse_row),
+                )
+                if more_BKGTS is not None:
+                    slope_BKGTS = slope_BKGTS + more_BKGTS
+                ds_BKGTS = p_BKGTS * slope_BKGTS
+                if beside_BKGTS is not None:
+                    ds_BKGTS = ds_BKGTS + beside_BKGTS
                 ds_BNTS, d_bias_block, d_shared_block = undo(ds_BKGTS.reshape(shape))
+                if d_means is not None:
+                    d_shared_block = {**d_shared_block, "means": d_means}
                 ds_BKGTS = ds_BNTS.reshape(s_BKGTS.shape).astype(plan.narrow)
                 # The large operand second and S last in the result: no T×S block is transposed.
                 dv_BKES = dv_BKES + jnp.einsum(
@@ -178,16 +208,16 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
                 return d_shared, d_bias_BNTS, dq_BKGTH, dk_BKHS, dv_BKES
 
             zeros = (jnp.zeros_like(x.swapaxes(2, 3), plan.wide) for x in (k_BKSH, v_BKSE))
-            carry = _visit(plan, data.by_key, j, bound, step, (*carry, *zeros), reversible)
+            carry = visit(plan, data.by_key, j, bound, step, (*carry, *zeros), reversible)
             return carry[:3], carry[3:]
 
         carry = (*carry, jnp.zeros_like(point.q_BKGTH, plan.wide))
         if point.k_BKSH.shape[2] == plan.keys:
             carry, (dk_BKHS, dv_BKES) = column(carry, 0)
         else:
-            columns = jnp.arange(point.k_BKSH.shape[2] // plan.keys)
-            carry, parts = jax.lax.scan(column, carry, columns)
-            dk_BKHS, dv_BKES = (_join(x) for x in parts)
+            every = jnp.arange(point.k_BKSH.shape[2] // plan.keys)
+            carry, parts = jax.lax.scan(column, carry, every)
+            dk_BKHS, dv_BKES = (join(x) for x in parts)
         dk_BKSH, dv_BKSE = dk_BKHS.swapaxes(2, 3), dv_BKES.swapaxes(2, 3)
         dq_BKGTH = carry[2] * plan.scale if plan.scales_q else carry[2]
         return carry[:2], (dq_BKGTH, dk_BKSH, dv_BKSE)
@@ -196,9 +226,9 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
         return jnp.zeros_like(x, jnp.promote_types(x.dtype, plan.wide))
 
     carry = jax.tree.map(wide_zeros, (point.shared, point.bias_BNTS))
-    do_BKGTE = d.o_BKGTE.astype(plan.narrow)
-    parts = (point, lse_BKGT, delta_BKGT, do_BKGTE)
-    (d_shared, d_bias), grads = _over_units(plan, parts, unit, carry)
+    argmax_BKGT = value.seen_BKGT.get("argmax")
+    parts = (point, lse_BKGT, delta_BKGT, do_BKGTE.astype(plan.narrow), d_seen, argmax_BKGT)
+    (d_shared, d_bias), grads = over_units(plan, parts, unit, carry)
     dq_BKGTH, dk_BKSH, dv_BKSE = grads
     made = Point(dq_BKGTH, dk_BKSH, dv_BKSE, d_bias, d_sinks_KG, d_shared)
     return jax.tree.map(lambda made, x: made.astype(x.dtype), made, point)
@@ -210,7 +240,7 @@ def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversib
     lse_BKGT = _no_row_of_nothing(value.lse_BKGT)
 
     def unit(carry, at, parts):
-        point, d, lse_BKGT = parts
+        point, d, lse_BKGT, argmax_BKGT = parts
         b, k = at
         B, K, G, T = point.q_BKGTH.shape[:4]
         bound = point.k_BKSH.shape[2] // plan.keys
@@ -219,10 +249,13 @@ def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversib
             q_BKGTH, dq_BKGTH = (
                 cut(x.q_BKGTH, i * plan.queries, plan.queries, 3) for x in (point, d)
             )
-            lse_row = cut(lse_BKGT, i * plan.queries, plan.queries, 3)
+            lse_row, argmax_row = (
+                jax.tree.map(lambda x: cut(x, i * plan.queries, plan.queries, 3), x)
+                for x in (lse_BKGT, argmax_BKGT)
+            )
 
             def step(masked, at, carry):
-                dlse_BKGT, do_BKGTE = carry
+                dlse_BKGT, do_BKGTE, d_seen = carry
                 j = data.by_query.order[i, at]
                 at = At(b, k * G, i * plan.queries, j * plan.keys)
                 k_BKSH, dk_BKSH = (cut(x.k_BKSH, at.s, plan.keys, 2) for x in (point, d))
@@ -239,9 +272,14 @@ def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversib
                     (s_BKGTS.reshape(shape), bias_BNTS, point.shared),
                     (ds_BKGTS.reshape(shape), d_bias_BNTS, d.shared),
                 )
-                p_BKGTS = jnp.exp(s_BNTS.reshape(s_BKGTS.shape) - lse_row[..., None])
-                dp_BKGTS = p_BKGTS * ds_BNTS.reshape(s_BKGTS.shape)
+                s_BKGTS, ds_BKGTS = (x.reshape(s_BKGTS.shape) for x in (s_BNTS, ds_BNTS))
+                p_BKGTS = jnp.exp(s_BKGTS - lse_row[..., None])
+                dp_BKGTS = p_BKGTS * ds_BKGTS
                 dlse_BKGT = dlse_BKGT + jnp.sum(dp_BKGTS, axis=-1)
+                d_seen = columns.push(
+                    *(plan, data, point.shared, d.shared, at, masked, d_seen, argmax_row),
+                    *(p_BKGTS, ds_BKGTS, s_BKGTS, lse_row[..., None]),
+                )
                 if plan.rate > 0.0:
                     stays_BKGTS = kept(plan, data, at, shape).reshape(s_BKGTS.shape)
                     p_BKGTS, dp_BKGTS = (
@@ -255,19 +293,24 @@ def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversib
                         x_BKSE,
                         preferred_element_type=plan.wide,
                     )
-                return dlse_BKGT, do_BKGTE
+                return dlse_BKGT, do_BKGTE, d_seen
 
             o_BKGTE = jnp.zeros((*q_BKGTH.shape[:4], point.v_BKSE.shape[3]), plan.wide)
-            carry = (jnp.zeros_like(lse_row), o_BKGTE)
-            return _visit(plan, data.by_query, i, bound, step, carry, reversible)
+            nothing = {name: jnp.zeros_like(lse_row) for name in value.seen_BKGT}
+            carry = (jnp.zeros_like(lse_row), o_BKGTE, nothing)
+            return visit(plan, data.by_query, i, bound, step, carry, reversible)
 
-        return carry, _rows(row, T // plan.queries)
+        return carry, rows(row, T // plan.queries)
 
-    dlse_BKGT, do_BKGTE = _over_units(plan, (point, d, lse_BKGT), unit, None)[1]
+    parts = (point, d, lse_BKGT, value.seen_BKGT.get("argmax"))
+    dlse_BKGT, do_BKGTE, d_seen = over_units(plan, parts, unit, None)[1]
     if point.sinks_KG is not None:
-        p_BKGT = jnp.exp(point.sinks_KG.astype(plan.wide)[None, :, :, None] - lse_BKGT)
-        dlse_BKGT = dlse_BKGT + p_BKGT * d.sinks_KG.astype(plan.wide)[None, :, :, None]
-    return Value(do_BKGTE - dlse_BKGT[..., None] * value.o_BKGTE, dlse_BKGT)
+        z_BKGT, dz_BKGT = (x.sinks_KG.astype(plan.wide)[None, :, :, None] for x in (point, d))
+        p_BKGT = jnp.exp(z_BKGT - lse_BKGT)
+        dlse_BKGT = dlse_BKGT + p_BKGT * dz_BKGT
+        d_seen = columns.push_sink(d_seen, p_BKGT, z_BKGT, dz_BKGT, lse_BKGT)
+    d_seen = columns.pushed(value.seen_BKGT, d_seen, dlse_BKGT)
+    return Value(do_BKGTE - dlse_BKGT[..., None] * value.o_BKGTE, dlse_BKGT, d_seen)
 
 
 def attends_to(plan: Plan, bad_q_BKGT: jax.Array, bad_kv_BKS: jax.Array, data: Data) -> jax.Array:
@@ -293,79 +336,13 @@ def attends_to(plan: Plan, bad_q_BKGT: jax.Array, bad_kv_BKS: jax.Array, data: D
                     bad_BKGTS &= allowed_BNTS.reshape(bad_BKGTS.shape)
                 return hit_BKGT | jnp.any(bad_BKGTS, axis=-1)
 
-            return _visit(plan, data.by_query, i, bound, step, jnp.zeros_like(bad_row), False)
+            return visit(plan, data.by_query, i, bound, step, jnp.zeros_like(bad_row), False)
 
-        return carry, _rows(row, T // plan.queries)
+        return carry, rows(row, T // plan.queries)
 
-    return _over_units(plan, (bad_q_BKGT, bad_kv_BKS), unit, None)[1]
-
-
-def _rows(row: Any, count: int) -> Any:
-    """Run a function of the query block for all of them and put the results in one row."""
-    if count == 1:
-        return row(0)
-    return jax.tree.map(_join, jax.lax.map(row, jnp.arange(count)))
-
-
-def _visit(plan: Plan, visits: Any, i: Any, bound: int, step: Any, carry: Any, reversible) -> Any:
-    """Run step(masked, position in the order, carry) over the blocks that line i visits."""
-    if bound == 1 and plan.whole != plan.mixed:
-        return step(plan.mixed, 0, carry)
-    if plan.whole:
-        carry = loop(0, visits.whole[i], bound, partial(step, False), carry, reversible)
-    if plan.mixed:
-        carry = loop(visits.whole[i], visits.some[i], bound, partial(step, True), carry, reversible)
-    return carry
-
-
-def _over_units(plan: Plan, parts: Any, unit: Any, carry: Any) -> Any:
-    """Run carry, y = unit(carry, (b, k), parts) over all units; return the carry and all of y.
-
-    Arrays with axes B and K are cut to the unit; bias and what is shared are not.
-    """
-    B, K = jax.tree.leaves(parts)[0].shape[:2]
-    if plan.one_unit or B * K == 1:
-        return unit(carry, (0, 0), _narrow(plan, parts))
-
-    def one(carry, u):
-        b, k = u // K, u % K
-        cut_to_unit = partial(_cut_to_unit, b=b, k=k)
-        mine = jax.tree.map(cut_to_unit, parts, is_leaf=lambda x: isinstance(x, Point))
-        return unit(carry, (b, k), _narrow(plan, mine))
-
-    carry, made = jax.lax.scan(one, carry, jnp.arange(B * K))
-    return carry, jax.tree.map(lambda x: x.reshape(B, K, *x.shape[3:]), made)
-
-
-def _cut_to_unit(x: Any, b: Any, k: Any) -> Any:
-    if isinstance(x, Point):
-        q, key, v = (_cut_to_unit(y, b, k) for y in x[:3])
-        sinks = None if x.sinks_KG is None else cut(x.sinks_KG, k, 1, 0)
-        return x._replace(q_BKGTH=q, k_BKSH=key, v_BKSE=v, sinks_KG=sinks)
-    return cut(cut(x, b, 1, 0), k, 1, 1)
-
-
-def _narrow(plan: Plan, parts: Any) -> Any:
-    """Cast q, k, v, and their tangents, to the dtype in which blocks are multiplied; scale q."""
-
-    def cast(x):
-        if not isinstance(x, Point):
-            return x
-        q_BKGTH = x.q_BKGTH
-        if plan.scales_q:
-            q_BKGTH = q_BKGTH.astype(plan.wide) * plan.scale
-        q, k, v = (y.astype(plan.narrow) for y in (q_BKGTH, x.k_BKSH, x.v_BKSE))
-        return x._replace(q_BKGTH=q, k_BKSH=k, v_BKSE=v)
-
-    return jax.tree.map(cast, parts, is_leaf=lambda x: isinstance(x, Point))
+    return over_units(plan, (bad_q_BKGT, bad_kv_BKS), unit, None)[1]
 
 
 def _no_row_of_nothing(lse_BKGT: jax.Array) -> jax.Array:
     """Where no key is allowed, make e^(s - lse) 0 instead of e^(-inf + inf)."""
     return jnp.where(lse_BKGT == -jnp.inf, jnp.inf, lse_BKGT)
-
-
-def _join(x: jax.Array, axis: int = 3) -> jax.Array:
-    """Put the leading axis, of blocks, before the axis of what is in a block, as one axis."""
-    x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])

@@ -59,6 +59,8 @@ def refuses_options(call: Call, *, takes: tuple[str, ...] = ()) -> str | None:
         "softcap": call.softcap is not None,
         "sinks_N": call.sinks_N is not None,
         "dropout_rate": call.dropout_rate > 0.0,
+        # What extra columns of values could give, they would round to the values' dtype.
+        "observe": bool(call.statistics or call.means),
     }
     for name, here in present.items():
         if here and name not in takes:
@@ -85,18 +87,19 @@ def refuses_mask(call: Call) -> str | None:
     return None
 
 
-def run(call: Call, kernel: Callable[[Call, Simple], jax.Array]) -> jax.Array:
+def run(call: Call, kernel: Callable[[Call, Simple], jax.Array]) -> tuple[Any, dict]:
     """Run a kernel so that every row means here what it means elsewhere in this library.
 
     Args:
       call: one that `refuses_mask` has nothing against.
       kernel: (call with finite q, k, v, its mask) -> [B,T,N,E]; rows without keys are ignored.
+    Returns: the output, and no statistics.
     """
     z, mask = call.sizes, simple(call.mask)
     assert mask is not None
     out_BTNE = jnp.zeros(z["BTNE"], call.v_BSKE.dtype)
     if 0 in z["BTSNE"]:
-        return out_BTNE
+        return out_BTNE, {}
     poison_BTN = None
     if call.mask is not None:
         poison_BTN = blockwise.poison(call)
@@ -108,7 +111,7 @@ def run(call: Call, kernel: Callable[[Call, Simple], jax.Array]) -> jax.Array:
         out_BTNE = jnp.where(there_BT[:, :, None, None], out_BTNE, 0)
     if poison_BTN is not None:
         out_BTNE = out_BTNE + poison_BTN[..., None].astype(out_BTNE.dtype)
-    return out_BTNE
+    return out_BTNE, {}
 
 
 def window_of(mask: Simple, sizes: Sizes) -> tuple[bool, tuple[int, int] | None]:

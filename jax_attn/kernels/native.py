@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.kernels import blockwise, derivative, fused
+from jax_attn.kernels import blockwise, derivative, fused, observations
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import vary, vary_together, varying_axes
 from jax_attn.kernels.processor import processor
@@ -34,7 +34,7 @@ def refuses(call: Call) -> str | None:
     dtypes = {str(x.dtype) for x in (call.q_BTNH, call.k_BSKH, call.v_BSKE)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         return f"takes float32 or bfloat16, one for all, got {', '.join(sorted(dtypes))}"
-    reason = fused.refuses_options(call, takes=("softcap", "sinks_N"))
+    reason = fused.refuses_options(call, takes=("softcap", "sinks_N", "observe"))
     if reason is not None:
         return reason
     masks = _conjuncts(call.mask)
@@ -50,15 +50,20 @@ def refuses(call: Call) -> str | None:
     return _load()
 
 
-def attend(call: Call) -> jax.Array:
-    """Run the call on the kernel."""
+def attend(call: Call) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Run the call on the kernel; what it does not sum up itself, a pass in blocks observes."""
     z = call.sizes
     if 0 in z["BTSNE"]:
-        return jnp.zeros(z["BTNE"], call.v_BSKE.dtype)
+        return jnp.zeros(z["BTNE"], call.v_BSKE.dtype), blockwise.observe(call)
     point = _Point(call.q_BTNH, call.k_BSKH, call.v_BSKE, call.sinks_N)
     numbers = _Numbers(float(call.scale), float(call.softcap or 0.0))
     point, data = vary_together((point, _data(call)))
-    return _fold(numbers, point, data).out_BTNE
+    value = _fold(numbers, point, data)
+    if observations.columns(call) or observations.means(call):
+        return value.out_BTNE, blockwise.observe(call)
+    if call.statistics:
+        return value.out_BTNE, blockwise.finish(call, value.lse_BNT, {})
+    return value.out_BTNE, {}
 
 
 class _Point(NamedTuple):
@@ -120,6 +125,8 @@ def _fold_jvp(numbers, primals, tangents):
 
 
 def _pull(numbers, point: _Point, value: _Value, data: _Data, d: _Value, reversible) -> _Point:
+    zeros = jax.tree.map(jnp.zeros_like, value)
+    d = _Value(*(zero if x is None else x for x, zero in zip(d, zeros, strict=True)))
     if reversible:
         return jax.vjp(partial(_in_blocks, numbers, data), point)[1](d)[0]
     operands = _operands(point, data)
@@ -152,7 +159,7 @@ def _in_blocks(numbers: _Numbers, data: _Data, point: _Point) -> _Value:
         dropout_key=None,
         dropout_rate=0.0,
     )
-    out_BTNE, lse_BNT = blockwise.attend_with_lse(call)
+    out_BTNE, lse_BNT, _ = blockwise.attend_with_lse(call)
     return _Value(out_BTNE, lse_BNT)
 
 

@@ -1,0 +1,208 @@
+"""Statistics of a row as columns beside its values in the blockwise folds, and their derivatives.
+
+With e = e^(s - m), p = e / Σe over all keys and the sink, a row carries while it is summed up
+
+    entropy  Σ e·(s - m)    square  Σ e²    mean.i  Σ e·f_i    argmax  the first of the largest keys
+
+and holds at its end H = log Σe - Σe·(s - m) / Σe,  Σp²,  E[f_i] and the index; `max` is m over the
+keys without the sink. Backward, with D the row's other terms:
+
+    ds = p·(dP - D - g_H·(s - lse + H) + 2·g_q·(p - Σp²) + Σ_i g_i·(f_i - E[f_i])) + g_m·[argmax]
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_attn.kernels.blocks import At, Data, Plan, indices
+
+Columns = dict[str, Any]
+
+
+def start(plan: Plan, row: jax.Array) -> Columns:
+    """Return the columns of no keys, in the shape of `row`."""
+    names = [name for name in plan.columns if name != "max"]
+    names += [_mean(i) for i in range(len(plan.means))]
+    return {name: jnp.full_like(row, -1.0 if name == "argmax" else 0.0) for name in names}
+
+
+def rescale(columns: Columns, m, top, r, l) -> Columns:
+    """Refer columns to a new maximum: r = e^(m - top), l the sum before."""
+    delta = jnp.where(m == -jnp.inf, 0.0, m - top)
+    made = dict(columns)
+    for name, x in columns.items():
+        if name == "entropy":
+            made[name] = r * x + r * delta * l
+        elif name == "square":
+            made[name] = r * r * x
+        elif name != "argmax":
+            made[name] = r * x
+    return made
+
+
+def add(plan: Plan, data: Data, shared: dict, at: At, masked: bool, columns, s, e, shift, m):
+    """Add a block to columns that refer to its maximum; m was the maximum before."""
+    made = dict(columns)
+    if "entropy" in made:
+        made["entropy"] += jnp.sum(e * _gap(s, shift[..., None], e, masked), axis=-1)
+    if "square" in made:
+        made["square"] += jnp.sum(e * e, axis=-1)
+    if "argmax" in made:
+        best, old = jnp.max(s, axis=-1), made["argmax"]
+        index = _keys(at, s)
+        first = jnp.min(jnp.where(s == best[..., None], index, jnp.inf), axis=-1)
+        tied = (best == m) & (m > -jnp.inf)
+        made["argmax"] = jnp.where(best > m, first, jnp.where(tied, jnp.minimum(first, old), old))
+    for i, f in enumerate(_means(plan, data, shared, at, s)):
+        made[_mean(i)] += jnp.sum(_there(e, e * f, masked), axis=-1)
+    return made
+
+
+def add_sink(columns: Columns, z, shift) -> Columns:
+    """Add the sink, a key with logit z, to columns that refer to its maximum."""
+    made = dict(columns)
+    e = jnp.exp(z - shift)
+    if "entropy" in made:
+        made["entropy"] += jnp.where(e > 0.0, e * (z - shift), 0.0)
+    if "square" in made:
+        made["square"] += e * e
+    return made
+
+
+def finish(plan: Plan, columns: Columns, l, m) -> Columns:
+    """Turn the sums of all keys into statistics; l is not 0, m the maximum without the sink."""
+    made = dict(columns)
+    for name, x in columns.items():
+        if name == "entropy":
+            made[name] = jnp.log(l) - x / l
+        elif name == "square":
+            made[name] = x / (l * l)
+        elif name != "argmax":
+            made[name] = x / l
+    if "max" in plan.columns:
+        made["max"] = m
+    return made
+
+
+def moved(value: Columns, d: Columns) -> Any:
+    """Return what the cotangents of the columns add to D, the row's constant term."""
+    more = 0.0
+    for name, g in d.items():
+        if g is None or name in ("max", "argmax"):
+            continue
+        more = more + (2.0 * g if name == "square" else g) * value[name]
+    return more
+
+
+def sink_slope(d: Columns, p, z, lse) -> Any:
+    """Return what the columns' cotangents add to the factor of p in the sink's gradient."""
+    more = 0.0
+    if d.get("entropy") is not None:
+        more = more - d["entropy"] * jnp.where(p > 0.0, z - lse, 0.0)
+    if d.get("square") is not None:
+        more = more + 2.0 * d["square"] * p
+    return more
+
+
+def slope(plan, data, shared, at, masked, rows: Columns, argmax, p, s, lse) -> tuple[Any, Any, Any]:
+    """Return what the columns' cotangents, `rows` [..., 1], add to the factor of p in ds, what
+    they add to ds beside it, and the cotangent of `shared["means"]`; None where nothing."""
+    inside, beside, d_means = None, None, None
+    if rows.get("entropy") is not None:
+        inside = _sum(inside, -rows["entropy"] * _gap(s, lse, p, masked))
+    if rows.get("square") is not None:
+        inside = _sum(inside, 2.0 * rows["square"] * p)
+    wanted = [rows.get(_mean(i)) for i in range(len(plan.means))]
+    if any(g is not None for g in wanted):
+
+        def of(consts):
+            return _means(plan, data, {"means": consts}, at, s)
+
+        means, undo = jax.vjp(of, shared["means"])
+        cotangents = [
+            jnp.zeros_like(f) if g is None else p * g for f, g in zip(means, wanted, strict=True)
+        ]
+        # Where nothing attends, what a function answers must not matter, be it NaN.
+        cotangents = [_there(p, c, masked) for c in cotangents]
+        for f, g in zip(means, wanted, strict=True):
+            if g is not None:
+                inside = _sum(inside, g * _there(p, f, masked))
+        d_means = undo(cotangents)[0]
+    if rows.get("max") is not None:
+        beside = jnp.where(_keys(at, s) == argmax, rows["max"], 0.0)
+    return inside, beside, d_means
+
+
+def push(plan, data, shared, d_shared, at, masked, columns: Columns, argmax, p, ds, s, lse):
+    """Add a block's part to the columns' tangents: Σ of slope · ds, and of p · df."""
+    made = dict(columns)
+    if "entropy" in made:
+        made["entropy"] -= jnp.sum(p * _gap(s, lse, p, masked) * ds, axis=-1)
+    if "square" in made:
+        made["square"] += jnp.sum(2.0 * p * p * ds, axis=-1)
+    if "max" in made:
+        made["max"] += jnp.sum(jnp.where(_keys(at, s) == argmax[..., None], ds, 0.0), axis=-1)
+    if plan.means:
+
+        def of(consts):
+            return _means(plan, data, {"means": consts}, at, s)
+
+        means, d_means = jax.jvp(of, (shared["means"],), (d_shared["means"],))
+        for i, (f, df) in enumerate(zip(means, d_means, strict=True)):
+            made[_mean(i)] += jnp.sum(_there(p, p * (f * ds + df), masked), axis=-1)
+    return made
+
+
+def push_sink(columns: Columns, p, z, dz, lse) -> Columns:
+    """Add the sink's part to the columns' tangents."""
+    made = dict(columns)
+    if "entropy" in made:
+        made["entropy"] -= p * jnp.where(p > 0.0, z - lse, 0.0) * dz
+    if "square" in made:
+        made["square"] += 2.0 * p * p * dz
+    return made
+
+
+def pushed(value: Columns, columns: Columns, dlse) -> Columns:
+    """Finish the columns' tangents with what the row's constant term says."""
+    made = dict(columns)
+    for name, x in columns.items():
+        if name not in ("max", "argmax"):
+            made[name] = x - (2.0 * dlse if name == "square" else dlse) * value[name]
+    return made
+
+
+def _mean(i: int) -> str:
+    return f"mean.{i}"
+
+
+def _means(plan: Plan, data: Data, shared: dict, at: At, s) -> list[jax.Array]:
+    """Evaluate the functions whose mean is wanted, on a block [B,K,G,T,S]."""
+    if not plan.means:
+        return []
+    B, K, G = s.shape[:3]
+    b, n, t, keys = indices(at, (B, K * G, *s.shape[3:]))
+    made = []
+    for f, floats, others in zip(plan.means, shared["means"], data.means, strict=True):
+        f_BNTS = f((floats, others), b, n, t + data.q_offset, keys).astype(plan.wide)
+        made.append(jnp.broadcast_to(f_BNTS, (B, K * G, *s.shape[3:])).reshape(s.shape))
+    return made
+
+
+def _gap(s, reference, p, masked: bool):
+    """s - reference, and 0 where 0 · -inf would be NaN."""
+    return _there(p, s - reference, masked)
+
+
+def _there(p, x, masked: bool):
+    return jnp.where(p > 0.0, x, 0.0) if masked else x
+
+
+def _keys(at: At, s) -> jax.Array:
+    """Indices of a block's keys, in the dtype of the logits: exact up to 2^24 in float32."""
+    return (at.s + jnp.arange(s.shape[-1])).astype(s.dtype).reshape(1, 1, 1, 1, -1)
+
+
+def _sum(a, b):
+    return b if a is None else a + b
