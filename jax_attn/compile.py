@@ -6,7 +6,9 @@ processor, so that one that does not fit is never loaded. Once it is there, atte
 it wherever it takes the call's options; `jax_attn.explain` says where.
 """
 
+import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,14 +28,15 @@ def build() -> Path:
     path = library()
     if path.exists():
         return path
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = shlex.split(os.environ.get("CXX", ""))
+    compiler = compiler or [x for x in map(shutil.which, ("g++", "clang++")) if x][:1]
     if not compiler:
         raise RuntimeError("no C++ compiler: install g++, or name one: CXX=/path/to/g++")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Compiled aside and moved into place: a compiler that is stopped leaves nothing to load.
     part = path.with_suffix(f".{os.getpid()}.part")
     sources = [str(source) for source in sorted(SOURCES.glob("*.cc"))]
-    command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *sources, "-o", str(part)]
+    command = [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *sources, "-o", str(part)]
     try:
         made = subprocess.run(command, capture_output=True, text=True, check=False)
         if made.returncode:
@@ -45,6 +48,11 @@ def build() -> Path:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m jax_attn.compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     if library().exists():
         print(f"{library()} is there already")
         return

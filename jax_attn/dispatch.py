@@ -1,9 +1,10 @@
 """Which implementation runs, and why not another."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_attn.kernels import blockwise, cudnn, dense, native, splash, tokamax
@@ -144,6 +145,8 @@ def run(call: Call, implementation: str | None) -> tuple[jax.Array, dict[str, ja
     reason = _refusal(implementation, call)
     if reason is not None:
         raise ValueError(f"implementation={implementation!r} {reason}")
+    # An array, lest every step of a decoding loop be a program of its own.
+    call = replace(call, q_offset=jnp.asarray(call.q_offset))
     leaves, tree = jax.tree.flatten(call)
     if any(callable(leaf) for leaf in leaves):
         # A function may close over anything, tracers too: leave it to the caller's own jit.
@@ -164,6 +167,8 @@ _attend = jax.jit(_attend_by_name, static_argnums=(1, 2, 3), inline=True)
 # Up to so many pairs (T·S) scores are written out: on jax 0.12 that is faster than blocks, on
 # 0.10.2 about as fast (experiments.bench_attention --sizes=64,128,256 --peers=dense,blockwise).
 _DENSE_UP_TO = {"cpu": 256 * 256}
+# And up to so many queries, as in decoding: their scores take no more memory than the keys.
+_FEW_QUERIES = {"cpu": 16}
 _PASSED_OVER = {
     "dense": "would run, but takes O(T·S) memory",
     "blockwise": "would run, but what was picked is faster",
@@ -180,6 +185,9 @@ def _pick(call: Call) -> tuple[str, str]:
     pairs, limit = z.T * z.S, _DENSE_UP_TO.get(jax.default_backend(), 0)
     if pairs <= limit and not _strict.value:
         return "dense", f"T·S = {pairs} <= {limit}: writing the scores out is faster"
+    few = _FEW_QUERIES.get(jax.default_backend(), 0)
+    if few >= z.T and not _strict.value:
+        return "dense", f"T = {z.T} <= {few} rows of scores are O(S) memory, and faster"
     return "blockwise", "takes every option at O(S) memory"
 
 
@@ -190,7 +198,7 @@ def _refusal(name: str, call: Call) -> str | None:
 
 
 def _check_name(implementation: Any) -> None:
-    if implementation is not None and implementation not in _MODULES:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
             f"got {implementation!r}"

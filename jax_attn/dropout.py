@@ -52,7 +52,8 @@ def check(rate: Any, key: Any) -> None:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and dtype != jnp.uint32:
         raise ValueError(f"dropout_key must be one jax.random key, got {key!r}")
-    if key.ndim != (0 if typed else 1):
+    one = () if typed else jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+    if key.shape != one:
         raise ValueError(f"dropout_key must be one jax.random key, got shape {key.shape}")
 
 

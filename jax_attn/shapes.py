@@ -167,6 +167,8 @@ def floating(**arrays: Any) -> None:
       ValueError: x_D must be floating point, got int64
     """
     for name, array in arrays.items():
+        if array is not None and not hasattr(array, "dtype"):
+            raise ValueError(f"{name} must be a floating-point array, got {type(array).__name__}")
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {array.dtype}")
 

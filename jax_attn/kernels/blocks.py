@@ -132,9 +132,15 @@ def indices(at: At, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
     return tuple(made)
 
 
+def real_indices(plan: Plan, at: At, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Return index arrays for functions of users: padding repeats the last query or key, lest they
+    answer NaN for what is not there, which 0 · NaN would spread."""
+    b, n, t, s = indices(at, shape)
+    return b, n, jnp.minimum(t, plan.T - 1), jnp.minimum(s, plan.S - 1)
+
+
 def final(plan: Plan, data: Data, at: At, masked: bool, s_BNTS, bias_BNTS, shared) -> jax.Array:
     """Turn products q·k of a block into the logits that the softmax sees."""
-    b, n, t, s = indices(at, s_BNTS.shape)
     softcap = shared.get("softcap", plan.softcap)
     if masked:
         # Large junk makes inf - inf of a product, and 0 · NaN is NaN on the way back.
@@ -147,8 +153,11 @@ def final(plan: Plan, data: Data, at: At, masked: bool, s_BNTS, bias_BNTS, share
     if softcap is not None:
         s_BNTS = softcap * jnp.tanh(s_BNTS / softcap)
     if bias_BNTS is not None:
+        if masked:
+            bias_BNTS = jnp.where(allowed_BNTS, bias_BNTS, jnp.zeros_like(bias_BNTS))
         s_BNTS = s_BNTS + bias_BNTS.astype(plan.wide)
     if plan.score is not None:
+        b, n, t, s = real_indices(plan, at, s_BNTS.shape)
         consts = (shared["score"], data.score)
         s_BNTS = plan.score(consts, s_BNTS, b, n, t + data.q_offset, s).astype(plan.wide)
     if masked:
@@ -158,10 +167,10 @@ def final(plan: Plan, data: Data, at: At, masked: bool, s_BNTS, bias_BNTS, share
 
 def allowed(plan: Plan, data: Data, at: At, shape: tuple[int, ...]) -> jax.Array:
     """Say which pairs of a block may attend; broadcasts to the block."""
-    b, n, t, s = indices(at, shape)
-    there = s < plan.S
+    there = indices(at, shape)[3] < plan.S
     if plan.mask is None:
         return there
+    b, n, t, s = real_indices(plan, at, shape)
     return there & plan.mask(data.mask, b, n, t, s, t + data.q_offset)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax_attn.kernels import blocks, dense, folds, observations
 from jax_attn.kernels.blocks import At, Data, Plan, Point
 from jax_attn.kernels.call import Call
-from jax_attn.kernels.hoist import hoist, vary_together
+from jax_attn.kernels.hoist import hoist, vary, vary_together, varying_axes
 from jax_attn.kernels.processor import processor
 
 # Measured on two CPU cores: smaller blocks pay for each step of a loop, larger ones for leaving
@@ -32,7 +32,8 @@ def attend(call: Call) -> tuple[jax.Array, dict[str, jax.Array]]:
     if 0 in call.sizes["BTSN"]:
         out_BTNE = jnp.zeros(call.sizes["BTNE"], call.v_BSKE.dtype)
         return out_BTNE, observations.of_nothing(call)
-    out_BTNE, lse_BNT, rows = attend_with_lse(call)
+    o_BTNE, lse_BNT, rows = attend_with_lse(call)
+    out_BTNE = o_BTNE.astype(call.v_BSKE.dtype)
     if not (call.statistics or call.means):
         return out_BTNE, {}
     return out_BTNE, finish(call, lse_BNT, rows)
@@ -61,8 +62,10 @@ def _finite(call: Call) -> Call:
 
 
 def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Run attention on arrays that are not empty; return the output, lse [B,N,T] and columns."""
+    """Run attention on arrays that are not empty; return the output, lse [B,N,T] and columns, all
+    float32 or wider."""
     sizes, given = call.sizes, call
+    _refuse_explicit_axes(call)
     plan, data, shared = _prepare(call)
     if call.mask is not None:
         # 0 · NaN is NaN, forward and backward: replace what is not finite before it meets a zero
@@ -87,7 +90,7 @@ def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Arr
     if call.mask is not None:
         o_BTNE = o_BTNE + _poison(given, plan, data)[..., None]
     lse_BNT, rows = jax.tree.map(lambda x: x[..., : sizes.T].reshape(sizes["BNT"]), value[1:])
-    return o_BTNE.astype(call.v_BSKE.dtype), lse_BNT, rows
+    return o_BTNE, lse_BNT, rows
 
 
 def poison(call: Call) -> jax.Array:
@@ -147,27 +150,34 @@ def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
 
     unit = (sizes.B, sizes.N) if plan.one_unit else (1, sizes.G)
     index = blocks.indices(At(0, 0, 0, 0), (*unit, queries, keys))
-    mask_consts, score_consts = [], []
-    if mask is not None:
-        hoisted, mask_consts = hoist(mask.allows, *index, index[2])
-        plan = plan._replace(mask=hoisted)
-    if call.score is not None:
-        logits = jax.ShapeDtypeStruct((*unit, queries, keys), plan.wide)
-        hoisted, consts = hoist(call.score, logits, *index)
-        score, shared["score"], score_consts = _parted(hoisted, consts)
+    logits = jnp.zeros((*unit, queries, keys), plan.wide)
+    axes = varying_axes([x for x in jax.tree.leaves(call) if hasattr(x, "dtype")])
+    known = None
+    while axes != known:  # once more if a function closes over what varies over more
+        known, functions, consts = axes, [], []
+        for fn, example in (
+            (None if mask is None else mask.allows, (*index, index[2])),
+            (call.score, (logits, *index)),
+            *((mean, index) for mean in observations.means(call)),
+        ):
+            made = (None, []) if fn is None else hoist(fn, axes, *example)
+            functions.append(made[0])
+            consts.append(made[1])
+        axes |= varying_axes(consts)
+    (mask_fn, score, *means), (mask_consts, score_consts, *mean_consts) = functions, consts
+    plan = plan._replace(mask=mask_fn)
+    if score is not None:
+        score, shared["score"], score_consts = _parted(score, score_consts)
         plan = plan._replace(score=score)
-    mean_consts = []
-    for mean in observations.means(call):
-        hoisted, consts = hoist(mean, *index)
-        f, floats, others = _parted(hoisted, consts)
+    for i, hoisted in enumerate(means):
+        f, floats, mean_consts[i] = _parted(hoisted, mean_consts[i])
         plan = plan._replace(means=(*plan.means, f))
         shared.setdefault("means", []).append(floats)
-        mean_consts.append(others)
 
     by_query, by_key = blocks.visits(mask, plan, call.q_offset)
     key = None if plan.rate == 0.0 else jax.random.key_data(call.dropout_key)
     data = Data(mask_consts, score_consts, key, call.q_offset, by_query, by_key, mean_consts)
-    return plan, data, shared
+    return plan, jax.tree.map(lambda x: vary(x, axes), data), shared
 
 
 def _parted(hoisted: Any, consts: list[Any]) -> tuple[Any, list[Any], list[Any]]:
@@ -181,6 +191,16 @@ def _parted(hoisted: Any, consts: list[Any]) -> tuple[Any, list[Any], list[Any]]
 
     floats = [x for x, yes in zip(consts, moving, strict=True) if yes]
     return fn, floats, [x for x, yes in zip(consts, moving, strict=True) if not yes]
+
+
+def _refuse_explicit_axes(call: Call) -> None:
+    for name in ("q_BTNH", "k_BSKH", "v_BSKE"):
+        used = [axis for axis in jax.typeof(getattr(call, name)).sharding.spec if axis is not None]
+        if used:
+            raise ValueError(
+                f"{name} is sharded over {used}, axes of type Explicit, along which its blocks "
+                f"cannot be cut: call inside jax.shard_map, or make the mesh with Auto axes"
+            )
 
 
 def _narrow(call: Call) -> Any:

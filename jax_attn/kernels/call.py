@@ -1,6 +1,5 @@
 """One call of attention, checked: what every implementation is handed."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +12,10 @@ from jax_attn import dropout
 from jax_attn.mask_types import Mask
 from jax_attn.masks import dense as dense_mask
 from jax_attn.observe import Mean, check_observe
-from jax_attn.shapes import Sizes, dims, fits, floating, integer
+from jax_attn.shapes import Sizes, axes, dims, fits, floating, integer
 
+_LARGEST = 1e308  # about that of float64; an int may be larger
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 Score = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -68,6 +69,11 @@ def checked(
 ) -> Call:
     """Return the call, or raise the ValueError that names what does not fit."""
     sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, sinks_N)
+    # NumPy arrays take the dtype that JAX would give them: float64 is float32 unless enabled.
+    q_BTNH, k_BSKH, v_BSKE, bias_BNTS, sinks_N = (
+        jnp.asarray(x) if isinstance(x, np.ndarray) else x
+        for x in (q_BTNH, k_BSKH, v_BSKE, bias_BNTS, sinks_N)
+    )
     mask = check_mask(mask, sizes)
     check_options(sizes, score, scale, softcap, q_offset)
     dropout.check(dropout_rate, dropout_key)
@@ -94,8 +100,19 @@ def checked(
 
 def check_sizes(q_BTNH: Any, k_BSKH: Any, v_BSKE: Any, bias_BNTS: Any, sinks_N: Any) -> Sizes:
     """Return the sizes B, T, S, N, K, G, H, E of a call, or raise the error that names a misfit."""
+    arrays = {"q_BTNH": q_BTNH, "k_BSKH": k_BSKH, "v_BSKE": v_BSKE}
+    for name, array in arrays.items():
+        if array is None:
+            raise ValueError(f"{name} must be an array with axes {axes(name)}, got None")
     sizes = dims(q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE, sinks_N=sinks_N)
     floating(q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE, bias_BNTS=bias_BNTS, sinks_N=sinks_N)
+    for name, array in arrays.items():
+        if array.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name} is {array.dtype}: cast it to float16, bfloat16, float32 or float64"
+            )
+    if sizes.H == 0:
+        raise ValueError("q_BTNH has H=0: there is nothing to compare queries and keys by")
     if sizes.K == 0 or sizes.N % sizes.K:
         raise ValueError(f"q_BTNH has N={sizes.N}, no multiple of K={sizes.K} of k_BSKH")
     sizes.G = sizes.N // sizes.K
@@ -125,10 +142,10 @@ def check_options(sizes: Sizes, score: Any, scale: Any, softcap: Any, q_offset: 
     """
     for name, value in (("scale", scale), ("softcap", softcap)):
         number = isinstance(value, int | float | np.number)
-        if isinstance(value, bool) or (number and not math.isfinite(value)):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if isinstance(value, bool) or (number and not abs(value) < _LARGEST):
+            raise ValueError(f"{name} must be a finite number, got {value!r:.40}")
         if value is not None and not number:
-            if not jnp.isrealobj(value) or not hasattr(value, "dtype"):
+            if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
                 raise ValueError(f"{name} must be a real scalar, got {value!r}")
             if value.ndim:
                 raise ValueError(f"{name} must be a real scalar, got shape {value.shape}")
@@ -138,23 +155,31 @@ def check_options(sizes: Sizes, score: Any, scale: Any, softcap: Any, q_offset: 
         raise ValueError(f"q_offset must be an int, got {q_offset!r}")
     if jnp.ndim(q_offset) != 0:
         raise ValueError(f"q_offset must be a scalar, got shape {jnp.shape(q_offset)}")
-    integer(q_offset=jnp.asarray(q_offset))
+    if isinstance(q_offset, int) and not -(2**31) <= q_offset < 2**31:
+        raise ValueError(f"q_offset must fit into int32, got {q_offset}")
+    integer(q_offset=jnp.asarray(q_offset) if isinstance(q_offset, int) else q_offset)
     if score is None:
         return
     if not callable(score):
         raise ValueError(f"score must be a function (logits, b, n, t, s), got {score!r}")
     if hasattr(score, "check"):
         score.check(sizes)
-    made = jax.eval_shape(
-        score,
-        jax.ShapeDtypeStruct(sizes["BNTS"], jnp.float32),
-        *(
-            jax.ShapeDtypeStruct([n if i == axis else 1 for i in range(4)], jnp.int32)
-            for axis, n in enumerate(sizes["BNTS"])
-        ),
-    )
-    if getattr(made, "shape", None) != sizes["BNTS"]:
-        raise ValueError(
-            f"score must return logits of the shape it was given, {sizes['BNTS']}, "
-            f"got {getattr(made, 'shape', type(made).__name__)}"
-        )
+    for shape in (sizes["BNTS"], (1, 1, 1, 1)):  # an array of all pairs would fit the first alone
+        try:
+            made = jax.eval_shape(
+                score,
+                jax.ShapeDtypeStruct(shape, jnp.float32),
+                *(
+                    jax.ShapeDtypeStruct([n if i == axis else 1 for i in range(4)], jnp.int32)
+                    for axis, n in enumerate(shape)
+                ),
+            )
+        except TypeError as error:
+            raise ValueError(f"score(logits, b, n, t, s) failed: {error}") from error
+        if getattr(made, "shape", None) != shape:
+            raise ValueError(
+                f"score must return logits of the shape it was given, {shape} (it is called on "
+                f"blocks of pairs), got {getattr(made, 'shape', type(made).__name__)}"
+            )
+        if not jnp.issubdtype(made.dtype, jnp.floating):
+            raise ValueError(f"score must return floating-point logits, got {made.dtype}")

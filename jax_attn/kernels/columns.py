@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_attn.kernels.blocks import At, Data, Plan, indices
+from jax_attn.kernels.blocks import At, Data, Plan, real_indices
 
 Columns = dict[str, Any]
 
@@ -182,7 +182,7 @@ def _means(plan: Plan, data: Data, shared: dict, at: At, s) -> list[jax.Array]:
     if not plan.means:
         return []
     B, K, G = s.shape[:3]
-    b, n, t, keys = indices(at, (B, K * G, *s.shape[3:]))
+    b, n, t, keys = real_indices(plan, at, (B, K * G, *s.shape[3:]))
     made = []
     for f, floats, others in zip(plan.means, shared["means"], data.means, strict=True):
         f_BNTS = f((floats, others), b, n, t + data.q_offset, keys).astype(plan.wide)

@@ -24,6 +24,7 @@ from jax_attn.kernels.blocks import (
     final,
     kept,
 )
+from jax_attn.kernels.hoist import vary, varying_axes
 from jax_attn.kernels.walk import join, over_units, rows, visit
 
 
@@ -48,7 +49,7 @@ def _forward(plan: Plan, point: Point, data: Data) -> Value:
 
         def row(i):
             q_BKGTH = cut(point.q_BKGTH, i * plan.queries, plan.queries, 3)
-            o_BKGTE = jnp.zeros((*q_BKGTH.shape[:4], point.v_BKSE.shape[3]), plan.wide)
+            o_BKGTE = _no_output(plan, q_BKGTH, point.v_BKSE)
             l_BKGT = jnp.zeros_like(q_BKGTH[..., 0], plan.wide)
             m_BKGT = jnp.full_like(l_BKGT, -jnp.inf)
             seen = columns.start(plan, l_BKGT)
@@ -295,7 +296,7 @@ def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversib
                     )
                 return dlse_BKGT, do_BKGTE, d_seen
 
-            o_BKGTE = jnp.zeros((*q_BKGTH.shape[:4], point.v_BKSE.shape[3]), plan.wide)
+            o_BKGTE = _no_output(plan, q_BKGTH, point.v_BKSE)
             nothing = {name: jnp.zeros_like(lse_row) for name in value.seen_BKGT}
             carry = (jnp.zeros_like(lse_row), o_BKGTE, nothing)
             return visit(plan, data.by_query, i, bound, step, carry, reversible)
@@ -341,6 +342,12 @@ def attends_to(plan: Plan, bad_q_BKGT: jax.Array, bad_kv_BKS: jax.Array, data: D
         return carry, rows(row, T // plan.queries)
 
     return over_units(plan, (bad_q_BKGT, bad_kv_BKS), unit, None)[1]
+
+
+def _no_output(plan: Plan, q_BKGTH: jax.Array, v_BKSE: jax.Array) -> jax.Array:
+    """Make zeros for a loop's carry: under `shard_map` they have to vary as the loop's results."""
+    zeros_BKGTE = jnp.zeros((*q_BKGTH.shape[:4], v_BKSE.shape[3]), plan.wide)
+    return vary(zeros_BKGTE, varying_axes(q_BKGTH))
 
 
 def _no_row_of_nothing(lse_BKGT: jax.Array) -> jax.Array:

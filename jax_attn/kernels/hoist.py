@@ -11,17 +11,22 @@ import jax
 import jax.extend.core
 
 
-def hoist(fn: Callable[..., Any], *example: Any) -> tuple[Callable[..., Any], list[Any]]:
+def hoist(
+    fn: Callable[..., Any], axes: frozenset[str], *example: Any
+) -> tuple[Callable[..., Any], list[Any]]:
     """Turn what a function closes over into an argument: (consts, *args) -> fn(*args), consts.
 
-    The result is for arguments with the shapes and dtypes of the example.
+    The result is for arguments with the shapes and dtypes of the example, and for consts that vary
+    over `axes`, the mesh axes over which anything in the caller's loops varies.
     """
-    closed = jax.make_jaxpr(fn)(*example)
+    closed = jax.make_jaxpr(fn)(*(vary(x, axes) for x in example))
+    as_traced = all(varying_axes(x) >= axes for x in closed.consts)
 
     def call(consts, *args):
-        if varying_axes((consts, args)):
-            return _evaluate(closed.jaxpr, consts, args)[0]
-        return jax.extend.core.jaxpr_as_fun(closed.replace(consts=list(consts)))(*args)[0]
+        args = [vary(x, axes) for x in args]
+        if as_traced:
+            return jax.extend.core.jaxpr_as_fun(closed.replace(consts=list(consts)))(*args)[0]
+        return _evaluate(closed.jaxpr, consts, args)[0]
 
     return call, closed.consts
 
@@ -49,8 +54,8 @@ def varying_axes(tree: Any) -> frozenset[str]:
 
 
 def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-    """Evaluate a jaxpr that was traced without regard to mesh axes: before each operation, let
-    its operands vary together, as `jax.lax` does."""
+    """Evaluate a jaxpr whose consts vary over more mesh axes than when it was traced: before each
+    operation, let its operands vary together, as `jax.lax` does."""
     values = dict(zip(jaxpr.constvars + jaxpr.invars, [*consts, *args], strict=True))
 
     def read(atom):
@@ -59,7 +64,9 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
     for equation in jaxpr.eqns:
         operands = vary_together([read(atom) for atom in equation.invars])
         inner = equation.params.get("jaxpr")
-        if equation.primitive.name in ("jit", "pjit") and inner is not None:
+        if equation.primitive.name == "pvary":
+            made = [vary(x, frozenset(equation.params["axes"])) for x in operands]
+        elif equation.primitive.name in ("jit", "pjit") and inner is not None:
             made = _evaluate(inner.jaxpr, inner.consts, operands)
         else:
             params = equation.primitive.get_bind_params(equation.params)

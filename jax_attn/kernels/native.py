@@ -59,11 +59,12 @@ def attend(call: Call) -> tuple[jax.Array, dict[str, jax.Array]]:
     numbers = _Numbers(float(call.scale), float(call.softcap or 0.0))
     point, data = vary_together((point, _data(call)))
     value = _fold(numbers, point, data)
+    out_BTNE = value.out_BTNE.astype(call.v_BSKE.dtype)
     if observations.columns(call) or observations.means(call):
-        return value.out_BTNE, blockwise.observe(call)
+        return out_BTNE, blockwise.observe(call)
     if call.statistics:
-        return value.out_BTNE, blockwise.finish(call, value.lse_BNT, {})
-    return value.out_BTNE, {}
+        return out_BTNE, blockwise.finish(call, value.lse_BNT, {})
+    return out_BTNE, {}
 
 
 class _Point(NamedTuple):
@@ -74,7 +75,7 @@ class _Point(NamedTuple):
 
 
 class _Value(NamedTuple):
-    out_BTNE: Any
+    out_BTNE: Any  # float32: the backward pass takes Σ dO·out, which rounding would unbalance
     lse_BNT: Any
 
 
@@ -94,14 +95,18 @@ class _Numbers(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _fold(numbers: _Numbers, point: _Point, data: _Data) -> _Value:
-    q_BTNH, _, v_BSKE, _ = point
-    B, T, N, _ = q_BTNH.shape
-    made = (
-        jax.ShapeDtypeStruct((B, T, N, v_BSKE.shape[3]), v_BSKE.dtype),
-        jax.ShapeDtypeStruct((B, N, T), jnp.float32),
-    )
-    out_BTNE, lse_BNT = _call("jax_attn_forward", made, _operands(point, data), numbers, data)
-    return _Value(out_BTNE, lse_BNT)
+    def kernel(point, data):
+        q_BTNH, _, v_BSKE, _ = point
+        B, T, N, _ = q_BTNH.shape
+        made = (
+            jax.ShapeDtypeStruct((B, T, N, v_BSKE.shape[3]), jnp.float32),
+            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+        )
+        return _Value(*_call("jax_attn_forward", made, _operands(point, data), numbers, data))
+
+    # A program may be lowered for another platform than the one it is written on.
+    blocks = partial(_in_blocks, numbers)
+    return jax.lax.platform_dependent(point, data, cpu=kernel, default=blocks)
 
 
 def _call(name: str, made: tuple, operands: tuple, numbers: _Numbers, data: _Data) -> list:
@@ -127,23 +132,30 @@ def _fold_jvp(numbers, primals, tangents):
 def _pull(numbers, point: _Point, value: _Value, data: _Data, d: _Value, reversible) -> _Point:
     zeros = jax.tree.map(jnp.zeros_like, value)
     d = _Value(*(zero if x is None else x for x, zero in zip(d, zeros, strict=True)))
+
+    def in_blocks(point, value, data, d):
+        return jax.vjp(lambda point: _in_blocks(numbers, point, data), point)[1](d)[0]
+
+    def kernel(point, value, data, d):
+        operands = _operands(point, data)
+        like = (*point[:3], operands[-1])
+        made = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like)
+        operands = (*operands, *value, *d)
+        dq, dk, dv, d_sinks_N = _call("jax_attn_backward", made, operands, numbers, data)
+        if point.sinks_N is None:
+            return _Point(dq, dk, dv, None)
+        return _Point(dq, dk, dv, d_sinks_N.astype(point.sinks_N.dtype))
+
     if reversible:
-        return jax.vjp(partial(_in_blocks, numbers, data), point)[1](d)[0]
-    operands = _operands(point, data)
-    like = (*point[:3], operands[-1])
-    made = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like)
-    operands = (*operands, *value, *d)
-    dq, dk, dv, d_sinks_N = _call("jax_attn_backward", made, operands, numbers, data)
-    if point.sinks_N is None:
-        return _Point(dq, dk, dv, None)
-    return _Point(dq, dk, dv, d_sinks_N.astype(point.sinks_N.dtype))
+        return in_blocks(point, value, data, d)
+    return jax.lax.platform_dependent(point, value, data, d, cpu=kernel, default=in_blocks)
 
 
 def _push(numbers, point: _Point, value: _Value, data: _Data, d: _Point, reversible) -> _Value:
-    return jax.jvp(partial(_in_blocks, numbers, data), (point,), (d,))[1]
+    return jax.jvp(lambda point: _in_blocks(numbers, point, data), (point,), (d,))[1]
 
 
-def _in_blocks(numbers: _Numbers, data: _Data, point: _Point) -> _Value:
+def _in_blocks(numbers: _Numbers, point: _Point, data: _Data) -> _Value:
     """Compute the same value by the folds that JAX can differentiate again."""
     call = Call(
         point.q_BTNH,

@@ -29,6 +29,8 @@ def final_logits(
     if call.softcap is not None:
         s_BNTS = call.softcap * jnp.tanh(s_BNTS / call.softcap)
     if bias_BNTS is not None:
+        if allowed_BNTS is not None:
+            bias_BNTS = jnp.where(allowed_BNTS, bias_BNTS, jnp.zeros_like(bias_BNTS))
         s_BNTS = s_BNTS + bias_BNTS.astype(call.wide)
     if call.score is not None:
         s_BNTS = call.score(s_BNTS, b, n, t + call.q_offset, s).astype(call.wide)

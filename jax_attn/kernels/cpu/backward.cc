@@ -17,7 +17,7 @@ constexpr int kKeys = 48;    // keys in a tile
 constexpr int kTiles = 12;   // tiles in a block: so many share the packing of a query group
 
 struct Gradients {
-  const void *out, *d_out;    // [B,T,N,E]
+  const float *out, *d_out;   // [B,T,N,E]
   const float *lse, *d_lse;   // [B,N,T]
   void *d_q, *d_k, *d_v;
   float* d_sinks;
@@ -123,7 +123,7 @@ void pack_queries(const Inputs& x, const Gradients& d, int64_t b, int64_t k, int
   pack_group<true, X>(x, x.q, b, k, index, *at.group, x.H, at.q, nullptr);
   transpose_group(at.q, x.H, x.q_factor(), at.q_t);
   // As they are: a cotangent that is NaN must show, but for a row without keys it means nothing.
-  pack_group<false, X>(x, d.d_out, b, k, index, *at.group, x.E, at.d_out, nullptr);
+  pack_group<false, float>(x, d.d_out, b, k, index, *at.group, x.E, at.d_out, nullptr);
   for (int i = 0; i < kRows; i++) {
     if (at.group->first[i] < at.group->end[i]) continue;
     std::fill_n(at.d_out + i * padded(x.E), padded(x.E), 0.0f);
@@ -165,8 +165,7 @@ void prepare(const Inputs& x, const Gradients& d, int64_t b, int64_t k, int64_t 
   bool poisoned = false;
   for (int i = 0; i < g.rows; i++) {
     int64_t r = index * kRows + i, row = x.q_at(b, k, r);
-    const X *out = static_cast<const X*>(d.out) + row * x.E;
-    const X *d_out = static_cast<const X*>(d.d_out) + row * x.E;
+    const float *out = d.out + row * x.E, *d_out = d.d_out + row * x.E;
     prefetch(out + kAhead * x.N / x.G * x.E, x.E);
     prefetch(d_out + kAhead * x.N / x.G * x.E, x.E);
     pack_row<false>(out, x.E, at.d_out, padded(x.E));
@@ -182,7 +181,7 @@ void prepare(const Inputs& x, const Gradients& d, int64_t b, int64_t k, int64_t 
     lse[i] = static_cast<float>(std::floor(log2));
     rest[i] = static_cast<float>(std::exp2(lse[i] - log2));
     delta[i] = sum;
-    poisoned |= std::isnan(to_float(out[0]));
+    poisoned |= std::isnan(out[0]);
     std::fill_n(d_q + row * x.H, x.H, 0.0f);
   }
   if (poisoned) clean_delta<X>(x, d, b, k, index, at, lse, rest, delta);
@@ -321,7 +320,7 @@ void backward(xla::ffi::ThreadPool& pool, const Inputs& x, const Gradients& d) {
 namespace ffi = xla::ffi;
 
 ffi::Error call(ffi::ThreadPool pool, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ints first, Ints end,
-                Ints q_ids, Ints kv_ids, Floats sinks, AnyBuffer out, Floats lse, AnyBuffer d_out,
+                Ints q_ids, Ints kv_ids, Floats sinks, Floats out, Floats lse, Floats d_out,
                 Floats d_lse, ffi::Result<AnyBuffer> d_q, ffi::Result<AnyBuffer> d_k,
                 ffi::Result<AnyBuffer> d_v, ffi::Result<Floats> d_sinks, float scale,
                 float softcap, int32_t has_ids) {
@@ -330,7 +329,7 @@ ffi::Error call(ffi::ThreadPool pool, AnyBuffer q, AnyBuffer k, AnyBuffer v, Int
   size_t rows = 0;
   bool fits = fill(q, k, v, first, end, q_ids, kv_ids, sinks, scale, softcap, has_ids, &x);
   if (fits) rows = static_cast<size_t>(x.B * x.T * x.N);
-  if (!fits || out.element_type() != type || d_out.element_type() != type ||
+  if (!fits ||
       d_q->element_type() != type || d_k->element_type() != type || d_v->element_type() != type ||
       out.element_count() != rows * x.E || d_out.element_count() != rows * x.E ||
       lse.element_count() != rows || d_lse.element_count() != rows ||
@@ -339,7 +338,7 @@ ffi::Error call(ffi::ThreadPool pool, AnyBuffer q, AnyBuffer k, AnyBuffer v, Int
       d_sinks->element_count() != sinks.element_count()) {
     return ffi::Error::InvalidArgument("jax_attn_backward: shapes or dtypes do not fit");
   }
-  Gradients d{out.untyped_data(),   d_out.untyped_data(), lse.typed_data(),
+  Gradients d{out.typed_data(),     d_out.typed_data(),   lse.typed_data(),
               d_lse.typed_data(),   d_q->untyped_data(),  d_k->untyped_data(),
               d_v->untyped_data(),  d_sinks->typed_data()};
   (type == ffi::F32 ? backward<float> : backward<BFloat16>)(pool, x, d);
@@ -360,9 +359,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_attn_backward, jax_attn::call,
                                   .Arg<jax_attn::Ints>()       // q_ids
                                   .Arg<jax_attn::Ints>()       // kv_ids
                                   .Arg<jax_attn::Floats>()     // sinks
-                                  .Arg<jax_attn::AnyBuffer>()  // out
+                                  .Arg<jax_attn::Floats>()     // out
                                   .Arg<jax_attn::Floats>()     // lse
-                                  .Arg<jax_attn::AnyBuffer>()  // d_out
+                                  .Arg<jax_attn::Floats>()     // d_out
                                   .Arg<jax_attn::Floats>()     // d_lse
                                   .Ret<jax_attn::AnyBuffer>()  // d_q
                                   .Ret<jax_attn::AnyBuffer>()  // d_k

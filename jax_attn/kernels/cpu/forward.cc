@@ -75,8 +75,7 @@ void mark_bad(const Keys& keys, const char* bad_keys, Rows& rows) {
   }
 }
 
-template <typename X>
-void finish(const Inputs& x, int64_t b, int64_t k, int64_t index, const Rows& rows, X* out,
+void finish(const Inputs& x, int64_t b, int64_t k, int64_t index, const Rows& rows, float* out,
             float* lse) {
   float scale = x.softcap > 0 ? 1.0f : x.scale ? std::fabs(x.scale) : 1.0f;
   for (int i = 0; i < rows.group.rows; i++) {
@@ -96,7 +95,7 @@ void finish(const Inputs& x, int64_t b, int64_t k, int64_t index, const Rows& ro
     }
     lse[x.lse_at(b, k, r)] = row_lse;
     const float* from = rows.out + i * padded(x.E);
-    for (int64_t e = 0; e < x.E; e++) from_float(from[e] * factor, out + at * x.E + e);
+    for (int64_t e = 0; e < x.E; e++) out[at * x.E + e] = from[e] * factor;
   }
 }
 
@@ -151,7 +150,7 @@ void attend_tile(const Inputs& x, const Keys& keys, const Scratch& at, Rows& row
 // Groups first, ..., first + count - 1 of one key/value head.
 template <typename X>
 void attend(const Inputs& x, int64_t b, int64_t k, int64_t first, int64_t count, const Scratch& at,
-            X* out, float* lse) {
+            float* out, float* lse) {
   int64_t low = x.S, high = 0;
   for (int64_t i = 0; i < count; i++) {
     start<X>(x, b, k, first + i, at.q, at.rows[i]);
@@ -175,7 +174,7 @@ void attend(const Inputs& x, int64_t b, int64_t k, int64_t first, int64_t count,
 }
 
 template <typename X>
-void forward(xla::ffi::ThreadPool& pool, const Inputs& x, void* out, float* lse) {
+void forward(xla::ffi::ThreadPool& pool, const Inputs& x, float* out, float* lse) {
   int64_t groups = x.groups(), heads = x.B * x.K;
   int64_t share = std::min<int64_t>(std::max<int64_t>(heads * groups / kTasks, 1), kGroups);
   int64_t blocks = (groups + share - 1) / share;
@@ -185,7 +184,7 @@ void forward(xla::ffi::ThreadPool& pool, const Inputs& x, void* out, float* lse)
       // From the last block, which has most keys if the mask is causal: short tasks end the run.
       int64_t first = (blocks - 1 - i % blocks) * share, head = i / blocks;
       int64_t count = std::min(share, groups - first);
-      attend<X>(x, head / x.K, head % x.K, first, count, scratch, static_cast<X*>(out), lse);
+      attend<X>(x, head / x.K, head % x.K, first, count, scratch, out, lse);
     }
   });
 }
@@ -193,17 +192,16 @@ void forward(xla::ffi::ThreadPool& pool, const Inputs& x, void* out, float* lse)
 namespace ffi = xla::ffi;
 
 ffi::Error call(ffi::ThreadPool pool, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ints first, Ints end,
-                Ints q_ids, Ints kv_ids, Floats sinks, ffi::Result<AnyBuffer> out,
+                Ints q_ids, Ints kv_ids, Floats sinks, ffi::Result<Floats> out,
                 ffi::Result<Floats> lse, float scale, float softcap, int32_t has_ids) {
   Inputs x;
   if (!fill(q, k, v, first, end, q_ids, kv_ids, sinks, scale, softcap, has_ids, &x) ||
-      out->element_type() != v.element_type() ||
       out->element_count() != static_cast<size_t>(x.B * x.T * x.N * x.E) ||
       lse->element_count() != static_cast<size_t>(x.B * x.T * x.N)) {
     return ffi::Error::InvalidArgument("jax_attn_forward: shapes or dtypes do not fit");
   }
   auto run = v.element_type() == ffi::F32 ? forward<float> : forward<BFloat16>;
-  run(pool, x, out->untyped_data(), lse->typed_data());
+  run(pool, x, out->typed_data(), lse->typed_data());
   return ffi::Error::Success();
 }
 
@@ -221,7 +219,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_attn_forward, jax_attn::call,
                                   .Arg<jax_attn::Ints>()       // q_ids
                                   .Arg<jax_attn::Ints>()       // kv_ids
                                   .Arg<jax_attn::Floats>()     // sinks
-                                  .Ret<jax_attn::AnyBuffer>()  // out
+                                  .Ret<jax_attn::Floats>()     // out
                                   .Ret<jax_attn::Floats>()     // lse
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap")

@@ -1,0 +1,197 @@
+"""What a fold over blocks could get wrong and a formula over whole arrays would not."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from jax_attn import causal, dispatch, dot_product_attention, explain, lengths, mean_of, segments, where
+from jax_attn.compile import build
+from jax_attn.kernels import blockwise, native
+from tests.attention_cases import QUICK
+
+jit = partial(jax.jit, compiler_options=QUICK)
+DEVICES = 4
+
+
+@pytest.fixture(autouse=True)
+def small_blocks():
+    with blockwise.block_limits((4, 5)):
+        yield
+
+
+def random(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def near(got, want) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+def segmented(q, w, u, ids, implementation):
+    return {"mask": causal() & segments(ids)}
+
+
+def padded(q, w, u, ids, implementation):
+    return {"mask": lengths(kv_B=ids[:, 0] + 3)}
+
+
+def closed_over(q, w, u, ids, implementation):
+    return {"mask": where(lambda b, n, t, s: ids[b, t] == ids[b, s])}
+
+
+def weighted(q, w, u, ids, implementation):
+    return {"score": lambda logits, b, n, t, s: logits * w[0, 0] * u}
+
+
+def bent(q, w, u, ids, implementation):
+    return {"score": lambda logits, b, n, t, s: jax.nn.softplus(logits)}
+
+
+def looped(q, w, u, ids, implementation):
+    def score(logits, b, n, t, s):
+        return jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x), logits)
+
+    return {"score": score}
+
+
+@pytest.mark.parametrize("options", [segmented, padded, closed_over, weighted, bent, looped])
+def test_what_differs_from_shard_to_shard(options) -> None:
+    """Masks and scores may close over arrays that are sharded, and over others that are not."""
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    sharded, whole = PartitionSpec("data"), PartitionSpec()
+    q, w = random(DEVICES, 7, 2, 3), 1.0 + jnp.arange(DEVICES, dtype=jnp.float32)[:, None]
+    u, ids = jnp.float32(0.5), (jnp.arange(DEVICES)[:, None] + jnp.arange(7)[None]) // 3
+
+    def loss(q, w, u, ids, implementation):
+        more = options(q, w, u, ids, implementation)
+        out, seen = dot_product_attention(
+            q, q, q, **more, observe=("entropy", "self_mass"), implementation=implementation
+        )
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(seen["entropy"] + seen["self_mass"]))
+
+    def shard(q, w, u, ids):
+        return jax.lax.psum(loss(q, w, u, ids, "blockwise"), "data")
+
+    def apart(q, w, u, ids):
+        return sum(loss(q[i : i + 1], w[i : i + 1], u, ids[i : i + 1], "dense") for i in range(4))
+
+    specs = (sharded, sharded, whole, sharded)
+    split = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=whole)
+    got, want = (
+        jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, w, u, ids) for f in (split, apart)
+    )
+    near(got, want)
+
+
+def test_an_explicit_mesh_is_refused_with_the_cure() -> None:
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+    q = jax.device_put(random(DEVICES, 7, 2, 3), jax.NamedSharding(mesh, PartitionSpec("data")))
+    attend = partial(dot_product_attention, implementation="blockwise")
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"q_BTNH is sharded over \['data'\]"):
+        jit(attend)(q, q, q)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_functions_are_asked_about_real_pairs_alone(implementation) -> None:
+    """T is no multiple of 4, nor S of 5: what a function answers beyond must not matter."""
+    T, S = 7, 11
+    q, k = random(1, T, 2, 3), random(1, S, 2, 3, seed=1)
+    table = jnp.log(1.0 + jnp.arange(S, dtype=jnp.float32))
+
+    def loss(q, k, v, weight):
+        def score(logits, b, n, t, s):
+            return logits * weight / (T - t) + jnp.take(table, s) / jnp.sqrt(T - t)
+
+        far = mean_of(lambda b, n, t, s: weight / (T - t) / (S - s), name="far")
+        out, seen = dot_product_attention(
+            q, k, v, score=score, observe=(far,), implementation=implementation
+        )
+        return jnp.sum(jnp.sin(out)) + jnp.sum(seen["far"])
+
+    gradients = jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, k, jnp.float32(1.5))
+    with blockwise.block_limits((T, S)):
+        want = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, k, jnp.float32(1.5))
+    assert all(np.isfinite(leaf).all() for leaf in gradients)
+    near(gradients, want)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_a_bias_behind_the_mask_does_not_matter(implementation) -> None:
+    x = random(1, 7, 2, 3)
+    bias = jnp.where(jnp.tril(jnp.ones((7, 7), bool)), 0.0, -jnp.inf)[None, None]
+
+    def loss(weight, bias):
+        out = dot_product_attention(
+            x,
+            x,
+            x,
+            bias_BNTS=bias,
+            mask=causal(),
+            score=lambda logits, b, n, t, s: weight * logits,
+            implementation=implementation,
+        )
+        return jnp.sum(jnp.sin(out))
+
+    derive = jit(jax.value_and_grad(loss))
+    near(derive(jnp.float32(1.5), bias), derive(jnp.float32(1.5), jnp.zeros_like(bias)))
+
+
+def test_decoding_steps_share_a_program() -> None:
+    q, k = random(1, 1, 2, 3), random(1, 40, 2, 3)
+    attend = partial(dot_product_attention, q, k, k, mask=causal())
+    attend(q_offset=3)
+    programs = dispatch._attend._cache_size  # pyright: ignore[reportAttributeAccessIssue]
+    before = programs()
+    for offset in range(4, 9):
+        attend(q_offset=offset)
+    assert programs() == before
+    assert explain(q, k, k, mask=causal()).chosen == "dense"
+    long = jax.ShapeDtypeStruct((1, 8192, 2, 3), "float32")
+    assert explain(q, long, long, mask=causal()).chosen == "dense"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    try:
+        path = build()
+    except RuntimeError as error:
+        if "no C++ compiler" not in str(error):
+            raise
+        pytest.skip(str(error))
+    monkeypatch.setattr(native, "library", lambda: path)
+
+
+def test_the_kernel_stays_out_of_programs_for_other_platforms(compiled) -> None:
+    x = jax.ShapeDtypeStruct((1, 7, 2, 8), "float32")
+    attend = partial(dot_product_attention, mask=causal(), implementation="native")
+    for f in (attend, jax.grad(lambda *args: attend(*args).sum())):
+        for platform, there in (("tpu", False), ("cpu", True)):
+            text = jax.jit(f).trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+            assert ("jax_attn_" in text) == there, platform
+
+
+def test_gradients_of_the_kernel_in_bfloat16(compiled) -> None:
+    """Σ dO·out of a rounded out would leave the rows of dS unbalanced, ten times the error."""
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(3 * rng.normal(size=(1, 16, 1, 8)), jnp.bfloat16) for _ in range(2))
+    v = jnp.asarray(5 + rng.normal(size=(1, 16, 1, 8)), jnp.bfloat16)
+    c = np.asarray(jnp.asarray(rng.normal(size=(1, 16, 1, 8)), jnp.bfloat16), np.float32)
+
+    def derive(implementation, *inputs):
+        def loss(q, k, v):
+            out = dot_product_attention(q, k, v, mask=causal(), implementation=implementation)
+            return jnp.sum(out * c.astype(out.dtype))
+
+        return jit(jax.grad(loss, argnums=(0, 1, 2)))(*inputs)
+
+    exact = derive("dense", *(x.astype(jnp.float32) for x in (q, k, v)))
+    for got, rough, want in zip(
+        derive("native", q, k, v), derive("dense", q, k, v), exact, strict=True
+    ):
+        error, unit = (np.linalg.norm(np.float32(x) - want) for x in (got, rough))
+        assert error <= 1.5 * unit
