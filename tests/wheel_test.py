@@ -61,7 +61,7 @@ def test_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
     assert {"jax_attn/py.typed", f"{info}/licenses/LICENSE", f"{info}/METADATA"} <= names
     sources = {
         path.relative_to(ROOT).as_posix()
-        for kind in ("*.py", "*.cc", "*.h")
+        for kind in ("*.py", "*.cc", "*.h", "*.html", "*.css", "*.js")
         for path in (ROOT / "jax_attn").rglob(kind)
     }
     assert {path for path in names if path.startswith("jax_attn/")} == {
