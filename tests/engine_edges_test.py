@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jax_attn import causal, dispatch, dot_product_attention, explain, lengths, mean_of, segments, where
+from jax_attn import (
+    causal,
+    dispatch,
+    dot_product_attention,
+    explain,
+    lengths,
+    mean_of,
+    segments,
+    where,
+)
 from jax_attn.compile import build
 from jax_attn.kernels import blockwise, native
 from tests.attention_cases import QUICK
@@ -195,3 +204,22 @@ def test_gradients_of_the_kernel_in_bfloat16(compiled) -> None:
     ):
         error, unit = (np.linalg.norm(np.float32(x) - want) for x in (got, rough))
         assert error <= 1.5 * unit
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0, -300.0])
+def test_what_is_common_to_all_logits_costs_the_entropy_nothing(offset) -> None:
+    """Rows without keys beside it must not change the reference either."""
+    q, k = random(1, 7, 2, 3), random(1, 11, 2, 3, seed=1)
+    mask = lengths(q_B=np.array([5]))
+
+    def entropy(offset, dtype=jnp.float32):
+        bias = jnp.full((1, 1, 1, 1), offset, dtype)
+        more = {"mask": mask, "bias_BNTS": bias, "observe": ("entropy",)}
+        x = q.astype(dtype), k.astype(dtype), k.astype(dtype)
+        return dot_product_attention(*x, **more, implementation="blockwise")[1]["entropy"]
+
+    with jax.enable_x64(True):
+        exact = jit(partial(entropy, dtype=jnp.float64))(0.0)
+    # The logits themselves are rounded to the offset's last bit.
+    error = np.abs(np.asarray(jit(entropy)(offset)) - np.asarray(exact))
+    assert error.max() <= 3 * (1e-7 + 2.0**-24 * abs(offset))

@@ -158,7 +158,7 @@ def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
         for fn, example in (
             (None if mask is None else mask.allows, (*index, index[2])),
             (call.score, (logits, *index)),
-            *((mean, index) for mean in observations.means(call)),
+            *((mean, index) for mean in call.means),
         ):
             made = (None, []) if fn is None else hoist(fn, axes, *example)
             functions.append(made[0])

@@ -3,6 +3,7 @@
 With e = e^(s - m), p = e / Σe over all keys and the sink, a row carries while it is summed up
 
     entropy  Σ e·(s - m)    square  Σ e²    mean.i  Σ e·f_i    argmax  the first of the largest keys
+    distance  Σ e·(key - position)
 
 and holds at its end H = log Σe - Σe·(s - m) / Σe,  Σp²,  E[f_i] and the index; `max` is m over the
 keys without the sink. Backward, with D the row's other terms:
@@ -42,16 +43,33 @@ def rescale(columns: Columns, m, top, r, l) -> Columns:
 
 
 def add(plan: Plan, data: Data, shared: dict, at: At, masked: bool, columns, s, e, shift, m):
-    """Add a block to columns that refer to its maximum; m was the maximum before."""
+    """Add a block to columns that refer to its maximum; m was the maximum before.
+
+    On a CPU a sum that takes one number a row from each entry costs several times as much as one
+    that takes one number from all: rows are accounted for after it.
+    """
     made = dict(columns)
+    total = jnp.sum(e, axis=-1)
     if "entropy" in made:
-        made["entropy"] += jnp.sum(e * _gap(s, shift[..., None], e, masked), axis=-1)
+        # Not far from any row's maximum, lest what is common to all logits cost their last bits.
+        reference = jnp.max(jnp.where(total > 0.0, shift, -jnp.inf))
+        reference = jnp.where(reference == -jnp.inf, 0.0, reference)
+        gap = s - reference
+        if masked:
+            gap = jnp.maximum(gap, -1e30)  # 0 · -inf is NaN
+        made["entropy"] += jnp.sum(e * gap, axis=-1) + (reference - shift) * total
     if "square" in made:
         made["square"] += jnp.sum(e * e, axis=-1)
+    if "distance" in made:
+        T, S = s.shape[3:]
+        middle = jax.lax.convert_element_type(at.s - at.t - data.q_offset, s.dtype)
+        keys = (jnp.arange(S, dtype=s.dtype) - T // 2).reshape(1, 1, 1, 1, S)
+        rows = (jnp.arange(T, dtype=s.dtype) - T // 2).reshape(1, 1, 1, T)
+        made["distance"] += jnp.sum(e * keys, axis=-1) + (middle - rows) * total
     if "argmax" in made:
+        # Not the first e = 1: the compiler may round s differently on its way into e.
         best, old = jnp.max(s, axis=-1), made["argmax"]
-        index = _keys(at, s)
-        first = jnp.min(jnp.where(s == best[..., None], index, jnp.inf), axis=-1)
+        first = jnp.min(jnp.where(s == best[..., None], _keys(at, s), jnp.inf), axis=-1)
         tied = (best == m) & (m > -jnp.inf)
         made["argmax"] = jnp.where(best > m, first, jnp.where(tied, jnp.minimum(first, old), old))
     for i, f in enumerate(_means(plan, data, shared, at, s)):
@@ -113,6 +131,8 @@ def slope(plan, data, shared, at, masked, rows: Columns, argmax, p, s, lse) -> t
         inside = _sum(inside, -rows["entropy"] * _gap(s, lse, p, masked))
     if rows.get("square") is not None:
         inside = _sum(inside, 2.0 * rows["square"] * p)
+    if rows.get("distance") is not None:
+        inside = _sum(inside, rows["distance"] * _distance(data, at, s))
     wanted = [rows.get(_mean(i)) for i in range(len(plan.means))]
     if any(g is not None for g in wanted):
 
@@ -141,6 +161,8 @@ def push(plan, data, shared, d_shared, at, masked, columns: Columns, argmax, p, 
         made["entropy"] -= jnp.sum(p * _gap(s, lse, p, masked) * ds, axis=-1)
     if "square" in made:
         made["square"] += jnp.sum(2.0 * p * p * ds, axis=-1)
+    if "distance" in made:
+        made["distance"] += jnp.sum(p * _distance(data, at, s) * ds, axis=-1)
     if "max" in made:
         made["max"] += jnp.sum(jnp.where(_keys(at, s) == argmax[..., None], ds, 0.0), axis=-1)
     if plan.means:
@@ -197,6 +219,13 @@ def _gap(s, reference, p, masked: bool):
 
 def _there(p, x, masked: bool):
     return jnp.where(p > 0.0, x, 0.0) if masked else x
+
+
+def _distance(data: Data, at: At, s) -> jax.Array:
+    """Key minus position for every pair of a block."""
+    T = s.shape[3]
+    positions = (at.t + jnp.arange(T) + data.q_offset).astype(s.dtype).reshape(1, 1, 1, T, 1)
+    return _keys(at, s) - positions
 
 
 def _keys(at: At, s) -> jax.Array:

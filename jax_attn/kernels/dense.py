@@ -94,8 +94,9 @@ def _columns(call: Call, s_BNTS: jax.Array) -> tuple[jax.Array, dict[str, jax.Ar
     b, n, t, s = indices(call.sizes)
 
     def contract(e_BNTS: jax.Array) -> dict[str, jax.Array]:
-        made = {}
-        for i, mean in enumerate(observations.means(call)):
+        distance = (s - t - call.q_offset).astype(call.wide)
+        made = {"distance": jnp.sum(e_BNTS * distance, axis=-1)}
+        for i, mean in enumerate(call.means):
             f_BNTS = jnp.broadcast_to(mean(b, n, t + call.q_offset, s), e_BNTS.shape)
             f_BNTS = jnp.where(s_BNTS > -jnp.inf, f_BNTS.astype(call.wide), 0.0)
             made[f"mean.{i}"] = jnp.sum(e_BNTS * f_BNTS, axis=-1)

@@ -60,7 +60,7 @@ def attend(call: Call) -> tuple[jax.Array, dict[str, jax.Array]]:
     point, data = vary_together((point, _data(call)))
     value = _fold(numbers, point, data)
     out_BTNE = value.out_BTNE.astype(call.v_BSKE.dtype)
-    if observations.columns(call) or observations.means(call):
+    if observations.columns(call) or call.means:
         return out_BTNE, blockwise.observe(call)
     if call.statistics:
         return out_BTNE, blockwise.finish(call, value.lse_BNT, {})

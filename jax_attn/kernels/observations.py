@@ -1,6 +1,5 @@
 """From what an implementation sums up of a row, [B,N,T] each, to the statistics asked for."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,7 +7,6 @@ import jax.numpy as jnp
 
 from jax_attn.kernels import pairs
 from jax_attn.kernels.call import Call
-from jax_attn.observe import Mean
 
 # Columns of `columns.py` that a statistic is made of.
 _NEEDS = {
@@ -18,6 +16,7 @@ _NEEDS = {
     "argmax_key": ("max", "argmax"),
     "entropy": ("entropy",),
     "effective_keys": ("square",),
+    "expected_distance": ("distance",),
 }
 
 
@@ -27,26 +26,12 @@ def columns(call: Call) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def means(call: Call) -> tuple[Mean, ...]:
-    """Return the functions whose mean is needed, those that were asked for first."""
-    if "expected_distance" in call.statistics:
-        return (*call.means, Mean(_Distance(), "expected_distance"))
-    return call.means
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Distance:
-    def __call__(self, b, n, t, s):
-        return s - t
-
-
 def finish(call: Call, lse_BNT, rows: dict[str, Any], poison_BTN: Any) -> dict[str, jax.Array]:
     """Return name -> [B,T,N], in the order asked for.
 
     Args:
       call: with finite q and k wherever a row may not see what they hold.
-      rows: columns by name, those of `columns(call)`, and "mean.i" for each of `means(call)`.
+      rows: columns by name, those of `columns(call)`, and "mean.i" for each of the call's means.
       poison_BTN: NaN for the rows that attend to something not finite, else 0; or None.
     """
     made = {}
@@ -67,7 +52,7 @@ def finish(call: Call, lse_BNT, rows: dict[str, Any], poison_BTN: Any) -> dict[s
         elif name == "argmax_key":
             made[name] = rows["argmax"]
         elif name == "expected_distance":
-            made[name] = rows[f"mean.{len(call.means)}"]
+            made[name] = rows["distance"]
         elif name == "first_mass":
             made[name] = pairs.mass(call, lse_BNT, jnp.zeros(call.sizes.T, jnp.int32))
         else:
@@ -86,7 +71,7 @@ def finish(call: Call, lse_BNT, rows: dict[str, Any], poison_BTN: Any) -> dict[s
 def of_nothing(call: Call) -> dict[str, jax.Array]:
     """Return the statistics of a call whose arrays hold nothing: no keys, or no rows."""
     zeros = jnp.zeros(call.sizes["BNT"], call.wide)
-    rows = {name: zeros for name in ("entropy", "square")}
+    rows = {name: zeros for name in ("entropy", "square", "distance")}
     rows |= {"max": zeros - jnp.inf, "argmax": zeros - 1.0}
-    rows |= {f"mean.{i}": zeros for i in range(len(means(call)))}
+    rows |= {f"mean.{i}": zeros for i in range(len(call.means))}
     return finish(call, zeros - jnp.inf, rows, None)
