@@ -1,5 +1,6 @@
 """The attention layer: scores derived from the input mix its values, and an output is handed on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_attn.dot_product import dot_product_attention
+from jax_attn.intervene import Edit, apply, edits_of
 from jax_attn.kernels.call import Score, check_mask, check_sizes
 from jax_attn.mask_types import Mask
 from jax_attn.masks import prefix
 from jax_attn.norm import rms_norm
+from jax_attn.observe import Mean
 from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in, ones, zeros
 from jax_attn.rope import Rope, rotate
 from jax_attn.shapes import dims, floating
@@ -87,6 +90,7 @@ def init_attention(
 
 
 REQUIRED = ("wq_DNH", "wk_DKH", "wv_DKE", "wo_NED")
+KEPT = ("q_BTNH", "k_BSKH", "v_BSKE", "o_BTNE")
 OPTIONAL = ("bq_NH", "bk_KH", "bv_KE", "bo_D", "q_scale_H", "k_scale_H", "sinks_N")
 
 
@@ -155,6 +159,10 @@ def attention(
     cache: Params | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    observe: tuple[str | Mean, ...] | None = None,
+    reduce: Callable[[dict[str, jax.Array]], Any] | None = None,
+    keep: tuple[str, ...] = (),
+    intervene: Edit | tuple[Edit, ...] | None = None,
     implementation: str | None = None,
 ) -> Any:
     """Mix tokens by scores derived from them, and hand on the result: an output, not weights.
@@ -174,9 +182,15 @@ def attention(
         to the q_offset + T first entries. See `jax_attn.decode`. If they do not fit, y is NaN
         where q_offset is traced, and an error is raised where it is an int.
       q_offset: position of x's first token; other than 0 only with a cache or kv_BSD.
-      mask, bias_BNTS, score, scale, softcap, dropout_rate, dropout_key, implementation:
+      mask, bias_BNTS, score, scale, softcap, dropout_rate, dropout_key, observe, implementation:
         as in `dot_product_attention`.
-    Returns: y_BTD; with a cache (y_BTD, {"cache": updated}).
+      reduce: function of what is observed, applied on the spot, e.g. `head_summary`.
+      keep: which of "q_BTNH", "k_BSKH", "v_BSKE" (as the scores see them, after RoPE) and "o_BTNE"
+        (the heads' outputs, edits made) to return as well.
+      intervene: edits of chosen heads from `jax_attn.intervene`; of two edits of a head the last
+        holds. What is observed is the attention that was computed, without them.
+    Returns: y_BTD; with a cache, `observe` or `keep` (y_BTD, aux), aux holding of "cache", "seen"
+      and "kept" what was asked for.
     Raises: ValueError naming the argument or leaf, the axis letter and both sizes.
     Example:
       >>> params = init_attention(jax.random.key(0), D=768, N=12)
@@ -189,6 +203,13 @@ def attention(
             "q_offset moves the queries but not x's own keys, so a causal mask would show the "
             "future; it needs a cache or kv_BSD"
         )
+    if reduce is not None and observe is None:
+        raise ValueError("reduce is applied to what is observed, and observe is None")
+    if reduce is not None and not callable(reduce):
+        raise ValueError(f"reduce must be a function of what is observed, got {reduce!r}")
+    if not isinstance(keep, tuple | list) or not all(name in KEPT for name in keep):
+        raise ValueError(f"keep must be a tuple of {', '.join(KEPT)}, got {keep!r}")
+    edits = edits_of(intervene)
     with jax.named_scope("attention"):
         q_BTNH, k_BSKH, v_BSKE = project_qkv(
             params, x_BTD, kv_BSD, rope=rope, position_BT=position_BT, q_offset=q_offset
@@ -206,21 +227,32 @@ def attention(
             sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, None)
             given = check_mask(mask, sizes)
             mask = written if given is None else written & given
-        o_BTNE = dot_product_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKE,
-            mask=mask,
-            bias_BNTS=bias_BNTS,
-            score=score,
-            scale=scale,
-            softcap=softcap,
-            sinks_N=params.get("sinks_N"),
-            q_offset=q_offset,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
-            implementation=implementation,
+        plain = {"q_offset": q_offset, "implementation": implementation}
+        scored = plain | {
+            "bias_BNTS": bias_BNTS,
+            "score": score,
+            "scale": scale,
+            "softcap": softcap,
+            "sinks_N": params.get("sinks_N"),
+            "dropout_rate": dropout_rate,
+            "dropout_key": dropout_key,
+        }
+        asked = () if observe is None else observe
+        o_BTNE, seen = dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKE, mask=mask, observe=asked, **scored
         )
+        if edits:
+            sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, None)
+            own = check_mask(mask, sizes)
+
+            def again(uniform: bool, mask: Mask | None) -> jax.Array:
+                both = own if mask is None else mask if own is None else own & mask
+                if uniform:
+                    nothing = (jnp.zeros_like(q_BTNH), jnp.zeros_like(k_BSKH))
+                    return dot_product_attention(*nothing, v_BSKE, mask=both, **plain)
+                return dot_product_attention(q_BTNH, k_BSKH, v_BSKE, mask=both, **scored)
+
+            o_BTNE = apply(edits, o_BTNE, sizes, again, v_BSKE)
         y_BTD = jnp.einsum("BTNE,NED->BTD", o_BTNE, params["wo_NED"])
         if "bo_D" in params:
             y_BTD = y_BTD + params["bo_D"][None, None]
@@ -228,7 +260,15 @@ def attention(
             # The write would be moved back to fit, over entries that are needed.
             outside = (q_offset < 0) | (q_offset + x_BTD.shape[1] > cache["k_BSKH"].shape[1])
             y_BTD = jnp.where(outside, jnp.nan, y_BTD)
-    return y_BTD if cache is None else (y_BTD, {"cache": cache})
+    aux: dict[str, Any] = {}
+    if cache is not None:
+        aux["cache"] = cache
+    if observe is not None:
+        aux["seen"] = seen if reduce is None else reduce(seen)
+    if keep:
+        made = {"q_BTNH": q_BTNH, "k_BSKH": k_BSKH, "v_BSKE": v_BSKE, "o_BTNE": o_BTNE}
+        aux["kept"] = {name: made[name] for name in keep}
+    return (y_BTD, aux) if aux else y_BTD
 
 
 def _write(cache: Params, name: str, new: jax.Array, q_offset: Any) -> jax.Array:

@@ -8,6 +8,7 @@ Which parts run follows from which parameters are present: a block with only "at
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 
 from jax_attn import dropout
 from jax_attn.attention import attention
+from jax_attn.intervene import Edit, check_layers, edits_of
 from jax_attn.mixing import static_mixer
 from jax_attn.mlp import mlp
 from jax_attn.norm import init_rms_norm, norm
@@ -83,6 +85,7 @@ def block(
     feed: Part = mlp,
     cache: Params | None = None,
     q_offset: Any = 0,
+    intervene: Edit | tuple[Edit, ...] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -96,16 +99,18 @@ def block(
     Args:
       params: from `init_block`.
       x_BTD: the residual stream.
-      attend: function (params, x_BTD, q_offset=, cache=, dropout_key=) for params["attention"].
+      attend: function (params, x_BTD, q_offset=, cache=, intervene=, dropout_key=) for
+        params["attention"]; it is called with those alone that there are.
       mix: function (params, x_BTD) for params["mixer"].
       feed: function (params, x_BTD) for params["mlp"], e.g. `mlp`, `gated_mlp`, `moe`.
       cache: keys and values of this block, see `jax_attn.decode`; attention's aux then holds the
         updated one.
       q_offset: position of x's first token.
+      intervene: edits of heads, handed to `attend` in place of those bound to it.
       dropout_rate: of each part's output before it is added.
       dropout_key: drives that dropout, and is handed to `attend` for its own.
     Returns: (x_BTD, aux); aux maps a part's name to what it reports beside its output, if
-      anything: {"mlp": {"routing": ...}}, {"attention": {"cache": ...}}.
+      anything: {"mlp": {"routing": ...}}, {"attention": {"cache": ..., "seen": ...}}.
     Raises: ValueError naming the argument or leaf, the axis letter and both sizes.
     Example:
       >>> from functools import partial
@@ -127,6 +132,9 @@ def block(
     dropout.check(dropout_rate, dropout_key)
     if cache is not None and "mixer" in params:
         raise ValueError("block: a static mixer mixes positions, not keys; it cannot use a cache")
+    edits = edits_of(intervene)
+    if edits and "attention" not in params:
+        raise ValueError("block: intervene edits heads, but params has no 'attention'")
 
     aux: dict[str, Any] = {}
     for index, name in enumerate(PARTS):
@@ -135,7 +143,7 @@ def block(
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         h_BTD = norm(params[f"{name}_norm"], x_BTD) if f"{name}_norm" in params else x_BTD
         if name == "attention":
-            made = _attend(attend, params[name], h_BTD, cache, q_offset, key)
+            made = _attend(attend, params[name], h_BTD, cache, q_offset, edits, key)
         else:
             made = (mix if name == "mixer" else feed)(params[name], h_BTD)
         y_BTD, said = made if isinstance(made, tuple) else (made, {})
@@ -151,17 +159,25 @@ def block(
 
 
 def _attend(
-    attend: Part, params: Params, h_BTD: jax.Array, cache: Any, q_offset: Any, key: Any
+    attend: Part,
+    params: Params,
+    h_BTD: jax.Array,
+    cache: Any,
+    q_offset: Any,
+    edits: tuple[Edit, ...],
+    key: Any,
 ) -> Any:
     """Call `attend` with no more than there is to say, so that it may be any (params, x) -> y."""
+    said: dict[str, Any] = {}
     if cache is not None:
-        return attend(params, h_BTD, q_offset=q_offset, cache=cache)
-    offset = (
-        {} if isinstance(q_offset, int | np.integer) and q_offset == 0 else {"q_offset": q_offset}
-    )
-    if key is not None:
-        return attend(params, h_BTD, **offset, dropout_key=key)
-    return attend(params, h_BTD, **offset)
+        said["cache"] = cache
+    if cache is not None or not (isinstance(q_offset, int | np.integer) and q_offset == 0):
+        said["q_offset"] = q_offset
+    if edits:
+        said["intervene"] = edits
+    if key is not None and cache is None:
+        said["dropout_key"] = key
+    return attend(params, h_BTD, **said)
 
 
 def init_stack(key: jax.Array, L: int, init: Init) -> Params:
@@ -194,6 +210,7 @@ def stack(
     feed: Part = mlp,
     cache: Params | None = None,
     q_offset: Any = 0,
+    intervene: Edit | tuple[Edit, ...] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     remat: str | None = None,
@@ -203,6 +220,7 @@ def stack(
     Args:
       params: from `init_stack`, leaves with a leading L.
       cache: caches of all blocks, leaves with a leading L.
+      intervene: edits of heads of any layer, their heads [L,N] and values with a leading L.
       dropout_key: split into one key a layer.
       remat: what the backward pass computes again: None, nothing; "full", everything but the
         blocks' inputs; "dots", everything but matrix products with parameters.
@@ -220,11 +238,13 @@ def stack(
     """
     if remat is not None and remat not in REMAT:
         raise ValueError(f"remat must be None or one of {', '.join(REMAT)}, got {remat!r}")
-    L = _layers(params)
+    L, edits = _layers(params), edits_of(intervene)
+    check_layers(edits, L)
     keys = None if dropout_key is None else jax.random.split(dropout_key, L)
 
     def layer(x_BTD: jax.Array, per_layer: Any) -> Any:
-        block_params, block_cache, key = per_layer
+        block_params, block_cache, key, arrays = per_layer
+        mine = tuple(replace(e, heads=a[0], value=a[1]) for e, a in zip(edits, arrays, strict=True))
         y_BTD, aux = block(
             block_params,
             x_BTD,
@@ -233,6 +253,7 @@ def stack(
             feed=feed,
             cache=block_cache,
             q_offset=q_offset,
+            intervene=mine,
             dropout_rate=dropout_rate,
             dropout_key=key,
         )
@@ -245,7 +266,8 @@ def stack(
 
     if remat is not None:
         layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(layer, x_BTD, (params, cache, keys))
+    arrays = [(edit.heads, edit.value) for edit in edits]
+    return jax.lax.scan(layer, x_BTD, (params, cache, keys, arrays))
 
 
 def _layers(params: Params) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jax_attn.attention import attention
 from jax_attn.block import Init, Part, init_stack, stack
+from jax_attn.intervene import Edit
 from jax_attn.masks import causal
 from jax_attn.mixing import static_mixer
 from jax_attn.mlp import mlp
@@ -76,6 +77,7 @@ def language_model(
     feed: Part = mlp,
     cache: Params | None = None,
     q_offset: Any = 0,
+    intervene: Edit | tuple[Edit, ...] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     remat: str | None = None,
@@ -90,7 +92,7 @@ def language_model(
       attend, mix, feed: the blocks' parts, see `block`; attention and mixer are causal by default,
         keep the mask when you bind options: `partial(attention, mask=causal(), rope=...)`.
       cache, q_offset: for decoding, see `jax_attn.decode`.
-      dropout_rate, dropout_key, remat: see `stack`.
+      intervene, dropout_rate, dropout_key, remat: see `stack`.
     Returns: (logits_BTV, aux); logits float32 or wider, aux as in `stack`.
     Raises: ValueError naming the argument or leaf, the axis letter and both sizes.
     Example:
@@ -130,6 +132,7 @@ def language_model(
         feed=feed,
         cache=cache,
         q_offset=q_offset,
+        intervene=intervene,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         remat=remat,

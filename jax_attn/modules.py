@@ -25,6 +25,7 @@ from jax_attn.mixing import static_mixer, static_mixer_leaves, static_mixer_size
 from jax_attn.mlp import gated_mlp, gated_mlp_leaves, mlp, mlp_leaves
 from jax_attn.moe import moe, moe_leaves
 from jax_attn.norm import init_rms_norm
+from jax_attn.observe import Mean
 from jax_attn.params import Leaves, Params
 from jax_attn.rope import Rope
 from jax_attn.shapes import dims, shape
@@ -46,11 +47,17 @@ def _dropout_key(module: nn.Module, drop: bool, deterministic: bool) -> jax.Arra
 class Attention(nn.Module):
     """Shell of `attention`: fields as in `init_attention` and `attention`, D is x's.
 
+    What `observe` asks for is sown as "seen" into the collection "intermediates".
+
     Example:
       >>> x_BTD = jnp.ones((1, 3, 8))
-      >>> variables = Attention(N=2).init(jax.random.key(0), x_BTD)
+      >>> shell = Attention(N=2, observe=("entropy",))
+      >>> variables = shell.init(jax.random.key(0), x_BTD)
       >>> variables["params"]["wq_DNH"].shape
       (8, 2, 4)
+      >>> y_BTD, state = shell.apply(variables, x_BTD, mutable="intermediates")
+      >>> state["intermediates"]["seen"][0]["entropy"].shape
+      (1, 3, 2)
     """
 
     N: int
@@ -66,6 +73,7 @@ class Attention(nn.Module):
     scale: float | None = None
     softcap: float | None = None
     dropout_rate: float = 0.0
+    observe: tuple[str | Mean, ...] | None = None
     implementation: str | None = None
     param_dtype: Any = jnp.float32
 
@@ -83,7 +91,7 @@ class Attention(nn.Module):
         options = {"bias": self.bias, "qk_norm": self.qk_norm, "sinks": self.sinks}
         leaves = attention_leaves(sizes["D"], self.N, sizes["E"], **options)
         drop = self.dropout_rate > 0.0 and not deterministic
-        return attention(
+        made = attention(
             _declare(self, leaves, sizes, self.param_dtype),
             x_BTD,
             kv_BSD=kv_BSD,
@@ -94,8 +102,14 @@ class Attention(nn.Module):
             softcap=self.softcap,
             dropout_rate=self.dropout_rate if drop else 0.0,
             dropout_key=self.make_rng("dropout") if drop else None,
+            observe=self.observe,
             implementation=self.implementation,
         )
+        if self.observe is None:
+            return made
+        y_BTD, aux = made
+        self.sow("intermediates", "seen", aux["seen"])
+        return y_BTD
 
 
 class MLP(nn.Module):

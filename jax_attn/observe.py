@@ -202,8 +202,8 @@ def head_summary(
         some = jnp.maximum(jnp.sum(there, axis=(-3, -2)), 1)
         made[name] = {
             "mean": jnp.sum(jnp.where(there, x_BTN, 0.0), axis=(-3, -2)) / some,
-            "min": jnp.min(jnp.where(there, x_BTN, jnp.inf), axis=(-3, -2)),
-            "max": jnp.max(jnp.where(there, x_BTN, -jnp.inf), axis=(-3, -2)),
+            "min": jnp.min(x_BTN, axis=(-3, -2), initial=jnp.inf, where=there),
+            "max": jnp.max(x_BTN, axis=(-3, -2), initial=-jnp.inf, where=there),
         }
         if name in edges:
             inner = jnp.asarray(edges[name])[1:-1]

@@ -17,6 +17,7 @@ from jax_attn import (
     block,
     causal,
     gated_mlp,
+    head_summary,
     init_attention,
     init_block,
     init_gated_mlp,
@@ -30,6 +31,7 @@ from jax_attn import (
     moe,
     rope,
     static_mixer,
+    window_mass,
 )
 from jax_attn.language_model import causal_attention
 from tests.formulas import draw, random_like
@@ -199,6 +201,40 @@ def test_cross_attention_and_a_mask_for_one_call() -> None:
     np.testing.assert_array_equal(
         shell.apply(variables, X_BTD, mask=mask), attention(params, X_BTD, mask=mask)
     )
+
+
+OBSERVE: Any = ("entropy", "max_logit", window_mass(1))
+
+
+def test_observations_are_sown() -> None:
+    function, init = SHELLS["attention with everything"][1:3]
+    shell = modules.Attention(N=6, **EVERY, **HOW, observe=OBSERVE)
+    assert list(jax.eval_shape(shell.init, KEY, X_BTD)) == ["params"]
+    variables = {"params": draw(init)}
+    y_BTD, aux = function(variables["params"], X_BTD, observe=OBSERVE)
+    made, state = shell.apply(variables, X_BTD, mutable="intermediates")
+    np.testing.assert_array_equal(made, y_BTD)
+    assert_equal_trees(state, {"intermediates": {"seen": (aux["seen"],)}})
+    # Nobody listens, or nothing is asked for: the output alone.
+    np.testing.assert_array_equal(shell.apply(variables, X_BTD), y_BTD)
+    made, state = shell.clone(observe=None).apply(variables, X_BTD, mutable="intermediates")
+    np.testing.assert_array_equal(made, function(variables["params"], X_BTD))
+    assert state == {}
+
+
+@pytest.mark.parametrize("name", ["block", "language_model"])
+def test_observations_come_through_aux(name) -> None:
+    shell, function, init, x = SHELLS[name]
+    attend = partial(causal_attention, observe=OBSERVE, reduce=head_summary)
+    variables = {"params": draw(init)}
+    made = jax.jit(shell.clone(attend=attend).apply)(variables, x)
+    assert_equal_trees(made, jax.jit(partial(function, attend=attend))(variables["params"], x))
+    lead = (L,) if name == "language_model" else ()
+    seen = made[1]["attention"]["seen"]
+    assert sorted(seen) == ["entropy", "max_logit", "window_mass"]
+    assert seen["entropy"]["mean"].shape == (*lead, 2)
+    plain = jax.jit(shell.apply)(variables, x)
+    np.testing.assert_array_equal(made[0], plain[0])
 
 
 DROPPING = {

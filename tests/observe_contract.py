@@ -42,7 +42,7 @@ def table(z: Shape) -> np.ndarray:
 
 
 def observed(z: Shape) -> tuple[Any, ...]:
-    return (*STATISTICS, window_mass(WIDTH), mean_of(wave), mean_of(table(z)))
+    return (*STATISTICS, window_mass(WIDTH), mean_of(wave), mean_of(jnp.asarray(table(z))))
 
 
 def means(z: Shape, q_offset: Any) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def check_observed(implementation, z: Shape, mask: str, options: Options, dtype,
     functions = {name: jnp.asarray(f, wide) for name, f in means(z, at).items()}
     yardstick = rough(z, options)(x, pairs, functions, jnp.asarray(added, wide))
     assert tuple(sorted(seen)) == tuple(sorted(NAMES))
-    some = (exact.p > 0).any(axis=-1).transpose(0, 2, 1)
+    some = np.any(exact.p > 0, axis=-1).transpose(0, 2, 1)
     for name in NAMES:
         got = np.asarray(seen[name])
         assert got.dtype == (np.int32 if name == "argmax_key" else np.float32), name
@@ -223,15 +223,14 @@ class Observes:
 
     def test_rows_without_keys(self):
         z, x = TINY, draw(TINY)
-        options = {"observe": observed(z), "implementation": self.implementation}
+        # The array of `mean` has S of its own.
+        entries = tuple(e for e in observed(z) if getattr(e, "name", "") != "mean")
         none = lengths(kv_B=np.array([0, 0]))
         for keys in (x["k"], x["k"][:, :0]):
             v = x["v"][:, : keys.shape[1]]
             mask = none if keys.shape[1] else None
-            entries = [e for e in options["observe"] if getattr(e, "name", "") != "mean"]
-            _, seen = dot_product_attention(
-                x["q"], keys, v, mask=mask, **(options | {"observe": tuple(entries)})
-            )
+            more = {"observe": entries, "implementation": self.implementation}
+            _, seen = dot_product_attention(x["q"], keys, v, mask=mask, **more)
             for name, value in seen.items():
                 empty = {"lse": -np.inf, "max_logit": -np.inf, "argmax_key": -1}.get(name, 0.0)
                 np.testing.assert_array_equal(value, np.full((z.B, z.T, z.N), empty), name)
@@ -327,7 +326,10 @@ class Observes:
 
         clean, got = run(x), run(bad)
         for name in clean:
-            np.testing.assert_array_equal(got[name][:, :-1], clean[name][:, :-1], name)
+            # What entropy refers to is chosen for a block: another row may change its last bits.
+            last_bits = 1e-6 if name == "entropy" else 0.0
+            seen = (np.asarray(x[name])[:, :-1] for x in (got, clean))
+            np.testing.assert_allclose(*seen, rtol=0, atol=last_bits, err_msg=name)
         if not np.isfinite(junk):
             assert np.isnan(got["entropy"][:, -1]).all()
             assert (np.asarray(got["argmax_key"])[:, -1] == -1).all()

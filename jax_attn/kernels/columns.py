@@ -51,13 +51,7 @@ def add(plan: Plan, data: Data, shared: dict, at: At, masked: bool, columns, s, 
     made = dict(columns)
     total = jnp.sum(e, axis=-1)
     if "entropy" in made:
-        # Not far from any row's maximum, lest what is common to all logits cost their last bits.
-        reference = jnp.max(jnp.where(total > 0.0, shift, -jnp.inf))
-        reference = jnp.where(reference == -jnp.inf, 0.0, reference)
-        gap = s - reference
-        if masked:
-            gap = jnp.maximum(gap, -1e30)  # 0 · -inf is NaN
-        made["entropy"] += jnp.sum(e * gap, axis=-1) + (reference - shift) * total
+        made["entropy"] += _shifted(s, e, shift, total, masked)
     if "square" in made:
         made["square"] += jnp.sum(e * e, axis=-1)
     if "distance" in made:
@@ -75,6 +69,24 @@ def add(plan: Plan, data: Data, shared: dict, at: At, masked: bool, columns, s, 
     for i, f in enumerate(_means(plan, data, shared, at, s)):
         made[_mean(i)] += jnp.sum(_there(e, e * f, masked), axis=-1)
     return made
+
+
+def _shifted(s, e, shift, total, masked: bool):
+    """Return Σ e·(s - shift)."""
+    some = total > 0.0
+    reference = jnp.max(jnp.where(some, shift, -jnp.inf))
+    # Far from a row's maximum it would cost that row's last bits, and all of them if it is inf.
+    near = jnp.all(~some | (reference - shift <= 32.0)) & jnp.any(some)
+
+    def by_block():
+        gap = s - reference
+        gap = jnp.maximum(gap, -1e30) if masked else gap  # 0 · -inf is NaN
+        return jnp.sum(e * gap, axis=-1) + (reference - shift) * total
+
+    def by_row():
+        return jnp.sum(e * _gap(s, shift[..., None], e, masked), axis=-1)
+
+    return jax.lax.cond(near, by_block, by_row)
 
 
 def add_sink(columns: Columns, z, shift) -> Columns:
