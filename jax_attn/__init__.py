@@ -2,7 +2,18 @@
 
 __version__ = "0.1.0"
 
-from jax_attn import data, masks, rope, softmax, train
+from jax_attn import (
+    attribution,
+    control,
+    data,
+    intervene,
+    masks,
+    readers,
+    rope,
+    softmax,
+    train,
+    view,
+)
 from jax_attn.alibi import alibi, alibi_slopes
 from jax_attn.attention import attention, init_attention, project_qkv
 from jax_attn.block import block, init_block, init_stack, stack
@@ -46,11 +57,13 @@ __all__ = [
     "alibi",
     "alibi_slopes",
     "attention",
+    "attribution",
     "axes",
     "block",
     "causal",
     "check_leaves",
     "chunks",
+    "control",
     "count",
     "data",
     "dense",
@@ -75,6 +88,7 @@ __all__ = [
     "init_stack",
     "init_static_mixer",
     "init_token_mlp",
+    "intervene",
     "language_model",
     "lengths",
     "masks",
@@ -84,6 +98,7 @@ __all__ = [
     "norm",
     "prefix",
     "project_qkv",
+    "readers",
     "rms_norm",
     "rope",
     "rotate",
@@ -97,6 +112,7 @@ __all__ = [
     "strict",
     "token_mlp",
     "train",
+    "view",
     "where",
     "window",
     "window_mass",

@@ -5,9 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_attn.kernels import blockwise, cudnn, dense, native, splash, tokamax
+from jax_attn.kernels import blockwise, cudnn, dense, native, program, splash, tokamax
 from jax_attn.kernels.call import Call, Score, checked
 from jax_attn.mask_types import Mask
 from jax_attn.observe import Mean
@@ -147,22 +146,12 @@ def run(call: Call, implementation: str | None) -> tuple[jax.Array, dict[str, ja
         raise ValueError(f"implementation={implementation!r} {reason}")
     # An array, lest every step of a decoding loop be a program of its own.
     call = replace(call, q_offset=jnp.asarray(call.q_offset))
-    leaves, tree = jax.tree.flatten(call)
-    if any(callable(leaf) for leaf in leaves):
-        # A function may close over anything, tracers too: leave it to the caller's own jit.
-        return _MODULES[implementation].attend(call)
-    static = tuple(leaf if _is_number(leaf) else None for leaf in leaves)
-    arrays = [None if _is_number(leaf) else leaf for leaf in leaves]
-    return _attend(arrays, static, tree, implementation)
+    return program.run(_attend, (implementation,), call)
 
 
-def _attend_by_name(arrays, static, tree, implementation):
-    leaves = [a if s is None else s for a, s in zip(arrays, static, strict=True)]
-    return _MODULES[implementation].attend(jax.tree.unflatten(tree, leaves))
+def _attend(implementation: str, call: Call) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return _MODULES[implementation].attend(call)
 
-
-# Compiled as one program also for a caller who does not use jit.
-_attend = jax.jit(_attend_by_name, static_argnums=(1, 2, 3), inline=True)
 
 # Up to so many pairs (T·S) scores are written out: on jax 0.12 that is faster than blocks, on
 # 0.10.2 about as fast (experiments.bench_attention --sizes=64,128,256 --peers=dense,blockwise).
@@ -203,7 +192,3 @@ def _check_name(implementation: Any) -> None:
             f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
             f"got {implementation!r}"
         )
-
-
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, bool | int | float | np.number)

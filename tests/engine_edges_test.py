@@ -1,6 +1,7 @@
 """What a fold over blocks could get wrong and a formula over whole arrays would not."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jax_attn import (
     causal,
-    dispatch,
     dot_product_attention,
     explain,
     lengths,
@@ -19,7 +19,7 @@ from jax_attn import (
     where,
 )
 from jax_attn.compile import build
-from jax_attn.kernels import blockwise, native
+from jax_attn.kernels import blockwise, native, program
 from tests.attention_cases import QUICK
 
 jit = partial(jax.jit, compiler_options=QUICK)
@@ -154,7 +154,7 @@ def test_decoding_steps_share_a_program() -> None:
     q, k = random(1, 1, 2, 3), random(1, 40, 2, 3)
     attend = partial(dot_product_attention, q, k, k, mask=causal())
     attend(q_offset=3)
-    programs = dispatch._attend._cache_size  # pyright: ignore[reportAttributeAccessIssue]
+    programs = program._run._cache_size  # pyright: ignore[reportAttributeAccessIssue]
     before = programs()
     for offset in range(4, 9):
         attend(q_offset=offset)
@@ -223,3 +223,62 @@ def test_what_is_common_to_all_logits_costs_the_entropy_nothing(offset) -> None:
     # The logits themselves are rounded to the offset's last bit.
     error = np.abs(np.asarray(jit(entropy)(offset)) - np.asarray(exact))
     assert error.max() <= 3 * (1e-7 + 2.0**-24 * abs(offset))
+
+
+@pytest.mark.parametrize("huge", [1e4, 3e38, np.inf, np.nan])
+def test_the_entropy_of_a_row_does_not_depend_on_another_row(huge) -> None:
+    q, k = random(1, 7, 2, 3), random(1, 11, 2, 3, seed=1)
+
+    @jit
+    def entropy(q):
+        more = {"mask": lengths(kv_B=np.array([9])), "observe": ("entropy", "argmax_key")}
+        return dot_product_attention(q, k, k, **more, implementation="blockwise")[1]
+
+    got, want = entropy(q.at[:, 2].mul(huge)), entropy(q)
+    for name in got:
+        others = [np.delete(np.asarray(x[name]), 2, axis=1) for x in (got, want)]
+        np.testing.assert_allclose(*others, rtol=0, atol=1e-6)
+
+
+BAD = {
+    "none": ({"k": None}, r"k_BSKH must be an array with axes BSKH, got None"),
+    "number": ({"bias_BNTS": 3.0}, r"bias_BNTS must be a floating-point array, got float"),
+    "list": ({"implementation": ["dense"]}, r"implementation must be None or one of"),
+    "float8": ({"q": jnp.ones((1, 7, 2, 3), jnp.float8_e4m3fn)}, r"q_BTNH is float8_e4m3fn: cast"),
+    "offset": ({"q_offset": 2**31}, r"q_offset must fit into int32, got 2147483648"),
+    "scale": ({"scale": 10**400}, r"scale must be a finite number, got 1000"),
+    "bool": ({"scale": jnp.bool_(True)}, r"scale must be a real scalar"),
+    "key": (
+        {"dropout_rate": 0.1, "dropout_key": jnp.zeros(5, jnp.uint32)},
+        r"dropout_key must be one jax.random key, got shape \(5,\)",
+    ),
+    "score": ({"score": lambda logits: logits}, r"score\(logits, b, n, t, s\) failed: .*argument"),
+    "complex": ({"score": lambda x, b, n, t, s: x * 1j}, r"score must return floating-point"),
+    "all pairs": (
+        {"score": lambda x, b, n, t, s: x + jnp.ones((1, 1, 7, 7))},
+        r"\(it is called on blocks of pairs\), got \(1, 1, 7, 7\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_arguments_are_named(name) -> None:
+    given, says = BAD[name]
+    x = {"q": random(1, 7, 2, 3), "k": random(1, 7, 2, 3), "v": random(1, 7, 2, 3)} | given
+    q, k, v = (x.pop(part) for part in "qkv")
+    with pytest.raises(ValueError, match=says):
+        dot_product_attention(q, k, v, **x)
+
+
+def test_no_width_to_compare_by() -> None:
+    nothing, v = random(1, 7, 2, 0), random(1, 7, 2, 3)
+    with pytest.raises(ValueError, match="q_BTNH has H=0"):
+        dot_product_attention(nothing, nothing, v)
+
+
+def test_numpy_arrays_take_the_dtype_that_jax_gives_them(recwarn) -> None:
+    x: Any = np.ones((1, 7, 2, 3))
+    bias: Any = np.zeros((1, 1, 7, 7))
+    out = dot_product_attention(x, x, x, bias_BNTS=bias, mask=causal())
+    assert out.dtype == jnp.float32
+    assert not recwarn

@@ -92,9 +92,12 @@ def run_doctests(source: str, variables: dict[str, Any], where: str) -> tuple[in
 
 
 def undocumented(module: Any) -> Iterator[str]:
-    """Public functions and classes whose docstring has no example that runs."""
+    """Public functions and classes, of public modules too, whose docstring has no example that
+    runs."""
     for public in module.__all__:
         value = getattr(module, public)
+        if hasattr(value, "__all__"):
+            yield from (f"{public}.{inner}" for inner in undocumented(value))
         doc = value.__doc__ if callable(value) else None
         if callable(value) and not re.search(r"^\s*Examples?:[^\0]*>>> ", doc or "", re.MULTILINE):
             yield public
@@ -195,8 +198,15 @@ def test_catches_a_failing_example() -> None:
 
 
 def test_catches_a_missing_example() -> None:
+    class Inner:
+        __all__ = ("k",)
+
+        @staticmethod
+        def k() -> None: ...
+
     class Module:
-        __all__ = ("f", "g", "h", "table")
+        __all__ = ("f", "g", "h", "table", "inner")
+        inner = Inner()
 
         @staticmethod
         def f() -> None:
@@ -218,7 +228,7 @@ def test_catches_a_missing_example() -> None:
 
         table = {"B": "batch"}  # noqa: RUF012
 
-    assert list(undocumented(Module)) == ["f", "h"]
+    assert list(undocumented(Module)) == ["f", "h", "inner.k"]
 
 
 def test_the_checks_see_files() -> None:
