@@ -19,7 +19,6 @@ from jax_attn import (
     init_mlp,
     mlp,
     norm,
-    project_qkv,
     stack,
     static_mixer,
     static_weights,
@@ -96,14 +95,9 @@ def first(tree: Any) -> Any:
 @partial(jax.jit, static_argnums=0)
 def attention_maps(run: Run, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the scaled logits q·k and the probabilities of every layer, [L,B,N,T,S]."""
-    plain = run.keywords["attend"]
-
-    def attend(params: Any, x_BTD: jax.Array) -> Any:
-        q_BTNH, k_BSKH, _ = project_qkv(params, x_BTD, rope=plain.keywords["rope"])
-        return plain(params, x_BTD), {"q_BTNH": q_BTNH, "k_BSKH": k_BSKH}
-
-    _, aux = run(params, tokens_BT, attend=attend)
-    q, k = aux["attention"]["q_BTNH"], aux["attention"]["k_BSKH"]
+    attend = partial(run.keywords["attend"], keep=("q_BTNH", "k_BSKH"))
+    kept = run(params, tokens_BT, attend=attend)[1]["attention"]["kept"]
+    q, k = kept["q_BTNH"], kept["k_BSKH"]
     logits = jnp.einsum("LBTNH,LBSNH->LBNTS", q, k) * q.shape[-1] ** -0.5
     return logits, jax.vmap(partial(dense_weights, mask=causal()))(q, k)
 

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments._report import save
+from jax_attn.view import plot_heads, plot_statistic_over_training
 
 # Okabe and Ito's palette: told apart without red-green vision.
 COLORS = {
@@ -38,6 +39,16 @@ def draw(
             save(maps_figure(seen), out / "maps.png"),
             "Attention scores before and after training, on one line of text, for the head of "
             "each layer that changed most. A row is a query, a column the token it looks at.",
+        ),
+        (
+            save(every_head_figure(seen), out / "heads.png"),
+            "Every head of the trained model on one line of text, seed 0, with the mean entropy of "
+            "its rows. heads.html shows the same to hover over.",
+        ),
+        (
+            save(statistics_figure(trained["both"]), out / "statistics.png"),
+            "What each head of the full model does on held-out text while it learns, seed 0: means "
+            "over rows, and the largest logit. Layers and heads count from 0, as in heads.html.",
         ),
         (
             save(static_dynamic_figure(seen), out / "static_dynamic.png"),
@@ -104,6 +115,24 @@ def together_figure(model: Any) -> Figure:
         _plain(ax)
         ax.legend(frameon=False)
     return figure
+
+
+def every_head_figure(seen: dict[str, Any]) -> Figure:
+    """All maps of the trained model."""
+    maps_LNTT = seen["line"]["after"][:, 0]
+    logs = np.log(np.where(maps_LNTT > 0, maps_LNTT, 1.0))
+    return plot_heads(
+        maps_LNTT, statistics={"entropy": -(maps_LNTT * logs).sum(axis=-1).mean(axis=-1)}
+    )
+
+
+def statistics_figure(model: Any) -> Figure:
+    """Statistics of every head over training, as they were observed."""
+    rows = model.history.eval
+    history: dict[str, Any] = {"steps": [row["step"] for row in rows]}
+    for name in ("entropy", "expected_distance", "first_mass", "max_logit"):
+        history[name] = np.stack([row[f"eval/{name}"][0] for row in rows])
+    return plot_statistic_over_training(history)
 
 
 def maps_figure(seen: dict[str, Any]) -> Figure:

@@ -10,7 +10,8 @@ Minutes: about 5 on 2 CPU cores; --preset=quick fewer; --preset=tpu has not been
 Expected: attention and MLP need far fewer bits per held-out byte than MLP only or static mixer and
     MLP (2.7 to 2.9 against more than 3.2). At this size attention only is as good or better, so
     C10 does not hold: the crossing, if there is one, lies beyond 600 steps of 512 tokens.
-Writes: runs/flow/report.html, *.png, metrics.jsonl, summary.json
+Writes: runs/flow/report.html, heads.html (every head of the trained model), *.png, metrics.jsonl,
+    summary.json
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ from jax_attn import (
     count,
     data,
     generate,
+    head_summary,
     init_attention,
     init_block,
     init_language_model,
@@ -47,11 +49,14 @@ from jax_attn import (
     mlp,
     rope,
     train,
+    view,
     window,
 )
 from jax_attn.mlp import activate
 from jax_attn.report import training_progress
 
+# Of every head at every evaluation, on held-out text: means, and the largest of the largest logits.
+SEEN = ("entropy", "expected_distance", "first_mass", "max_logit")
 PROMPT = "def read(self, name):\n    "
 
 
@@ -202,6 +207,7 @@ class Trained(NamedTuple):
 def losses(cfg: Config, text: data.Text) -> tuple[train.LossFn, Callable[[Any], Any]]:
     """Build the training loss of one model, and the held-out loss of all its seeds."""
     apply = bind(cfg, attend(cfg))
+    watched = bind(cfg, partial(attend(cfg), observe=SEEN, reduce=head_summary))
     tokens = data.windows(text.heldout, B=cfg.B, T=cfg.T, count=max(cfg.eval_windows // cfg.B, 1))
 
     def loss_fn(params: Any, tokens: jax.Array, key: jax.Array) -> Any:
@@ -211,8 +217,17 @@ def losses(cfg: Config, text: data.Text) -> tuple[train.LossFn, Callable[[Any], 
     @jax.jit
     @jax.vmap
     def evaluate(params: Any) -> dict[str, jax.Array]:
-        loss = jax.lax.map(lambda x: loss_fn(params, x, jax.random.key(0))[0], tokens)
-        return {"bits_per_byte": train.bits_per_byte(jnp.mean(loss))}
+        def one(tokens: jax.Array) -> Any:
+            logits_BTV, aux = watched(params, tokens[:, :-1])
+            seen = aux["attention"]["seen"] if "attention" in params["layers"] else {}
+            return train.next_token_loss(logits_BTV, tokens[:, 1:]), seen
+
+        loss, seen = jax.lax.map(one, tokens)
+        made = {"bits_per_byte": train.bits_per_byte(jnp.mean(loss))}
+        for name, heads in seen.items():
+            largest = name == "max_logit"
+            made[name] = jnp.max(heads["max"], 0) if largest else jnp.mean(heads["mean"], 0)
+        return made
 
     return loss_fn, evaluate
 
@@ -299,6 +314,10 @@ def main(argv: list[str] | None = None) -> int:
     print("measuring the claims, drawing the figures", file=sys.stderr)
     claims = _flow_claims.measure(cfg, trained, bind(cfg, attend(cfg)), jnp.asarray(inputs))
     figures = _flow_figures.draw(cfg, trained, claims.seen, out)
+    maps_LNTT = claims.seen["line"]["after"][:, 0]
+    page = view.attention_html(
+        list(claims.seen["texts"][0]), maps_LNTT, out / "heads.html", title="Heads after training"
+    )
     sample = write_sample(cfg, jax.tree.map(lambda leaf: leaf[0], trained["both"].after))
 
     rows = [
@@ -329,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         sample=sample,
     )
     show(rich.console.Console(), summary)
-    print(f"wrote {out / 'report.html'} in {summary['seconds']:.0f} s")
+    print(f"wrote {out / 'report.html'} and {page} in {summary['seconds']:.0f} s")
     return 0
 
 

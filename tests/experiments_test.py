@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 
 
 def test_flow_writes_all_it_promises(run):
-    names = {"report.html", "metrics.jsonl", "summary.json", "loss.png", "maps.png"}
+    names = {"report.html", "heads.html", "metrics.jsonl", "summary.json", "loss.png", "heads.png"}
     assert names <= {path.name for path in run.iterdir()}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {row["model"] for row in rows} == set(flow.models(flow.Config()))
@@ -34,7 +34,7 @@ def test_flow_writes_all_it_promises(run):
 
 def test_the_report_asks_the_network_for_nothing(run):
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 6
     assert not any(word in page for word in ("http://", "https://", "<script", "<link"))
 
 

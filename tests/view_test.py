@@ -272,6 +272,10 @@ def test_importing_the_library_leaves_matplotlib_alone() -> None:
 # Pictures.
 
 
+def shown_by(ax: Any, masked: float) -> np.ndarray:
+    return np.ma.filled(ax.get_images()[0].get_array(), masked)
+
+
 def test_a_grid_shows_every_map_and_names_it_once(tmp_path: pathlib.Path) -> None:
     weights_LNTS = cross_LNTS()
     path = tmp_path / "a.png"
@@ -280,7 +284,7 @@ def test_a_grid_shows_every_map_and_names_it_once(tmp_path: pathlib.Path) -> Non
     assert path.read_bytes().startswith(b"\x89PNG")
     *panels, bar = figure.axes
     for ax, weights_TS in zip(panels, weights_LNTS.reshape(L * N, T, S), strict=True):
-        shown = np.ma.filled(ax.get_images()[0].get_array(), -1)
+        shown = shown_by(ax, -1)
         np.testing.assert_array_equal(shown, np.where(weights_TS == 0, -1, weights_TS))
         assert not ax.get_title()
     assert [text.get_text() for text in figure.texts] == ["head 0", "layer 0", "1", "2", "1"]
@@ -312,7 +316,7 @@ def test_chosen_heads_are_read_alone_and_titled() -> None:
 def test_a_shrunk_map_keeps_thin_lines() -> None:
     previous = np.eye(1999, k=-1, dtype=np.float32)
     figure = view.plot_heads(previous[None, None], width=3.3)
-    shown = np.ma.filled(figure.axes[0].get_images()[0].get_array(), 0)
+    shown = shown_by(figure.axes[0], 0)
     assert 100 < len(shown) < 500
     assert (np.diag(shown) == 1).all()
     assert shown.mean() < 3 / len(shown)

@@ -72,8 +72,8 @@ function layout() {
   frame.width = S * Math.max(cell, Math.min(24, 96 / S, across / S));
   frame.height = T * Math.max(cell, Math.min(24, 96 / T, most / T));
   const column = (frame.width / S) * frame.zoom;
-  const upright = column < LABEL || longest(keys, 999) <= column - 6;
-  frame.top = Math.ceil(upright ? 14 : longest(keys, room)) + 10;
+  const upright = column < LABEL || longest(keys, 999) <= column - 3;
+  frame.top = Math.ceil(upright ? 14 : Math.max(longest(keys, room), 14)) + 10;
   const ratio = window.devicePixelRatio || 1;
   const height = Math.ceil(frame.top + frame.height + 2);
   canvas.style.height = `${height}px`;
@@ -191,7 +191,7 @@ function drawCross(q, k) {
 function drawAxis(tokens, [first, end], cell, chosen, isTop) {
   const { left, top, width, height } = frame;
   const all = cell >= LABEL;
-  const upright = isTop && (!all || longest(tokens, 999) <= cell - 6);
+  const upright = isTop && (!all || longest(tokens, 999) <= cell - 3);
   const room = (isTop ? top : left) - 8;
   paper.save();
   paper.beginPath();
