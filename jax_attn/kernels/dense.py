@@ -85,6 +85,9 @@ def attend(call: Call) -> tuple[jax.Array, dict[str, jax.Array]]:
                 lambda: jnp.zeros_like(q_BTNH[..., 0], wide),
                 lambda: _poison(no_values, allowed_BNTS).transpose(0, 2, 1),
             )
+        # Lest the output be compiled otherwise, by a rounding, because something looks at it.
+        s_BNTS, sinks_N = jax.lax.optimization_barrier((s_BNTS, call.sinks_N))
+        call = replace(call, sinks_N=sinks_N)
         lse_BNT, rows = _columns(call, s_BNTS)
         return out_BTNE, observations.finish(call, lse_BNT, rows, poison_BTN)
 
