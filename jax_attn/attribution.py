@@ -15,6 +15,8 @@ from jax_attn.mask_types import Mask
 from jax_attn.readers import call_of, indices, weights_of_rows
 from jax_attn.shapes import dims, floating
 
+__all__ = ["head_norms", "rollout", "value_weighted_rows"]
+
 
 def rollout(
     q_LBTNH: jax.Array,

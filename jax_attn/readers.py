@@ -19,6 +19,8 @@ from jax_attn.kernels.received import received
 from jax_attn.mask_types import Mask
 from jax_attn.shapes import dims, fits, floating, integer
 
+__all__ = ["attention_block", "attention_rows", "received_mass", "top_links"]
+
 
 def attention_rows(
     q_BTNH: jax.Array,

@@ -211,6 +211,12 @@ def test_one_block(mask: str) -> None:
         check("mha", mask, OPTIONS["all"])
 
 
+def test_batch_and_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU or TPU; the scale is one that no other test has compiled for."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    check("gqa", "packed", OPTIONS["all"]._replace(scale=0.9))
+
+
 @hypothesis.settings(
     suppress_health_check=[
         hypothesis.HealthCheck.function_scoped_fixture,

@@ -49,10 +49,10 @@ def finish(call: Call, lse_BNT: jax.Array, rows: dict[str, Any]) -> dict[str, ja
     if call.mask is None:
         return observations.finish(call, lse_BNT, rows, None)
     poison_BTN = poison(replace(call, v_BSKE=call.v_BSKE[..., :0]))
-    return observations.finish(_finite(call), lse_BNT, rows, poison_BTN)
+    return observations.finish(finite(call), lse_BNT, rows, poison_BTN)
 
 
-def _finite(call: Call) -> Call:
+def finite(call: Call) -> Call:
     """Put 0 for what is not finite in q, k and v."""
     q_BTNH, k_BSKH, v_BSKE = (
         jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
@@ -66,20 +66,20 @@ def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Arr
     float32 or wider."""
     sizes, given = call.sizes, call
     _refuse_explicit_axes(call)
-    plan, data, shared = _prepare(call)
+    plan, data, shared = prepare(call)
     if call.mask is not None:
         # 0 · NaN is NaN, forward and backward: replace what is not finite before it meets a zero
         # probability, and give the NaN back to the rows that do attend to it.
-        call = _finite(call)
+        call = finite(call)
     q_BKGTH = call.q_BTNH.reshape(sizes["BTKGH"]).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSE = (x.transpose(0, 2, 1, 3) for x in (call.k_BSKH, call.v_BSKE))
     bias_BNTS, sinks_N = call.bias_BNTS, call.sinks_N
     if bias_BNTS is not None:
-        bias_BNTS = _pad(_pad(bias_BNTS, 2, plan.queries), 3, plan.keys)
+        bias_BNTS = pad(pad(bias_BNTS, 2, plan.queries), 3, plan.keys)
     point = Point(
-        _pad(q_BKGTH, 3, plan.queries),
-        _pad(k_BKSH, 2, plan.keys),
-        _pad(v_BKSE, 2, plan.keys),
+        pad(q_BKGTH, 3, plan.queries),
+        pad(k_BKSH, 2, plan.keys),
+        pad(v_BKSE, 2, plan.keys),
         bias_BNTS,
         None if sinks_N is None else sinks_N.reshape(sizes["KG"]),
         shared,
@@ -96,7 +96,7 @@ def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Arr
 def poison(call: Call) -> jax.Array:
     """Return [B,T,N]: NaN for the rows that attend to something not finite, or are and attend at
     all, else 0."""
-    plan, data, _ = _prepare(call)
+    plan, data, _ = prepare(call)
     return _poison(call, plan, data)
 
 
@@ -108,8 +108,8 @@ def _poison(call: Call, plan: Plan, data: Data) -> jax.Array:
         bad_q_BTN = ~jnp.isfinite(q_BTNH).all(axis=-1)
         bad_q_BKGT = bad_q_BTN.reshape(sizes["BTKG"]).transpose(0, 2, 3, 1)
         bad_kv_BSK = ~(jnp.isfinite(k_BSKH).all(axis=-1) & jnp.isfinite(v_BSKE).all(axis=-1))
-        bad_q_BKGT = _pad(bad_q_BKGT, 3, plan.queries)
-        bad_kv_BKS = _pad(bad_kv_BSK.transpose(0, 2, 1), 2, plan.keys)
+        bad_q_BKGT = pad(bad_q_BKGT, 3, plan.queries)
+        bad_kv_BKS = pad(bad_kv_BSK.transpose(0, 2, 1), 2, plan.keys)
         hit_BKGT = folds.attends_to(plan, bad_q_BKGT, bad_kv_BKS, data)
         hit_BTN = hit_BKGT[..., : sizes.T].transpose(0, 3, 1, 2).reshape(sizes["BTN"])
         return jnp.where(hit_BTN, jnp.nan, 0.0).astype(plan.wide)
@@ -118,7 +118,7 @@ def _poison(call: Call, plan: Plan, data: Data) -> jax.Array:
     return jax.lax.cond(clean, lambda: jnp.zeros_like(q_BTNH[..., 0], plan.wide), look)
 
 
-def _prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
+def prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
     """Choose the blocks; return the plan, what has no derivative, and the scalars that have one."""
     sizes, mask = call.sizes, call.mask
     queries, keys = block_limits.value or (max(QUERIES // sizes.G, 1), KEYS)
@@ -218,7 +218,7 @@ def _number(x: Any) -> float | None:
     return float(x) if isinstance(x, int | float | np.number) else None
 
 
-def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     """Pad an axis with zeros to a multiple; an axis of size 1 that broadcasts stays."""
     more = -x.shape[axis] % multiple
     if not more or x.shape[axis] == 1:

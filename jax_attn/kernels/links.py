@@ -22,7 +22,7 @@ def top(k: int, call: Call) -> tuple[jax.Array, jax.Array]:
     """Return the k largest weights of each row in falling order and their keys, [B,T,N,k] each."""
     call = chosen.whole(call)
     lse_BTN = chosen.lse(call)
-    call = blockwise._finite(call)
+    call = blockwise.finite(call)
     logits_BNTk, keys_BNTk = _strongest(call, k)
     lse_BNT = lse_BTN.transpose(0, 2, 1)
     p_BNTk, keys_BNTk = _weigh(call, logits_BNTk, keys_BNTk, lse_BNT)
@@ -34,16 +34,16 @@ def _strongest(call: Call, k: int) -> tuple[jax.Array, jax.Array]:
     -inf and -1 where there are fewer. They have no derivative. q and k are finite."""
     z = call.sizes
     call = replace(call, v_BSKE=call.v_BSKE[..., :0])
-    plan, data, shared = blockwise._prepare(call)
+    plan, data, shared = blockwise.prepare(call)
     q_BKGTH = call.q_BTNH.reshape(z["BTKGH"]).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSE = (x.transpose(0, 2, 1, 3) for x in (call.k_BSKH, call.v_BSKE))
     bias_BNTS = call.bias_BNTS
     if bias_BNTS is not None:
-        bias_BNTS = blockwise._pad(blockwise._pad(bias_BNTS, 2, plan.queries), 3, plan.keys)
+        bias_BNTS = blockwise.pad(blockwise.pad(bias_BNTS, 2, plan.queries), 3, plan.keys)
     point = Point(
-        blockwise._pad(q_BKGTH, 3, plan.queries),
-        blockwise._pad(k_BKSH, 2, plan.keys),
-        blockwise._pad(v_BKSE, 2, plan.keys),
+        blockwise.pad(q_BKGTH, 3, plan.queries),
+        blockwise.pad(k_BKSH, 2, plan.keys),
+        blockwise.pad(v_BKSE, 2, plan.keys),
         bias_BNTS,
         None,
         shared,

@@ -24,9 +24,10 @@ def received(call: Call, w_BTNE: jax.Array) -> jax.Array:
     if 0 in (*shape, z.T, z.N):
         return jnp.zeros(shape, wide)
     call = replace(chosen.whole(call), v_BSKE=jnp.zeros(shape, wide))
-    bad_BTN = jnp.isnan(blockwise.poison(call))
+    # Without values: whether constants are finite XLA would find out while it compiles.
+    bad_BTN = jnp.isnan(blockwise.poison(replace(call, v_BSKE=call.v_BSKE[..., :0])))
     bad_BTNE = (bad_BTN[..., None] | ~jnp.isfinite(w_BTNE)) & (w_BTNE != 0.0)
-    finite = blockwise._finite(call)
+    finite = blockwise.finite(call)
     # Of values that were the same on all devices the derivative would be a sum over devices.
     v_BSKE, bad_BTNE, w_BTNE = vary_with(call, call.v_BSKE, bad_BTNE, w_BTNE)
 
@@ -50,9 +51,9 @@ def vary_with(call: Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 def _reached(call: Call, bad_BTNE: jax.Array) -> jax.Array:
     """Say which keys a bad query may attend to: bool [B,S,K,E]."""
     z, E = call.sizes, bad_BTNE.shape[-1]
-    plan, data, _ = blockwise._prepare(replace(call, score=None))
+    plan, data, _ = blockwise.prepare(replace(call, score=None))
     bad_BKGTE = bad_BTNE.reshape(*z["BTKG"], E).transpose(0, 2, 3, 1, 4).astype(plan.wide)
-    bad_BKGTE, data = vary_together((blockwise._pad(bad_BKGTE, 3, plan.queries), data))
+    bad_BKGTE, data = vary_together((blockwise.pad(bad_BKGTE, 3, plan.queries), data))
 
     def unit(carry, at, bad_BKGTE):
         b, k = at
