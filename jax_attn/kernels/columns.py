@@ -119,9 +119,8 @@ def moved(value: Columns, d: Columns) -> Any:
     """Return what the cotangents of the columns add to D, the row's constant term."""
     more = 0.0
     for name, g in d.items():
-        if g is None or name in ("max", "argmax"):
-            continue
-        more = more + (2.0 * g if name == "square" else g) * value[name]
+        if name not in ("max", "argmax"):
+            more = more + (2.0 * g if name == "square" else g) * value[name]
     return more
 
 
