@@ -2,9 +2,10 @@
 
 Forward and backward of blockwise causal attention, with no statistic, with each by itself and with
 all of them; the loss is of the output, as in training that logs what it sees. `penalised` has a
-loss of the statistics as well, so that their derivatives are taken. Every round times every case
-once, in an order that rotates, and ratios are taken within a round. Memory is what XLA says that
-the compiled program takes beside inputs and outputs.
+loss of the statistics as well, so that their derivatives are taken. Every round times each case
+between two runs without statistics, and compares it with their mean; a cost is the median over
+rounds, with the 95 % interval of that median. Memory is what XLA says that the compiled program
+takes beside inputs and outputs.
 
 Command: python -m experiments.bench_observe
 Minutes: 2.5 with --preset=quick --rounds=3 on 2 busy CPU cores
@@ -39,12 +40,12 @@ from jax_attn.report import training_progress
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """T = S, N heads of width H; `rounds` are timed, each case once a round."""
+    """T = S, N heads of width H, which a CPU takes one by one; `rounds` are timed."""
 
     S: int = 4096
-    N: int = 12
+    N: int = 4
     H: int = 64
-    rounds: int = 9
+    rounds: int = 25
     implementation: str = "blockwise"
     out: str = "runs/bench_observe"
 
@@ -103,22 +104,29 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     busy = measure.busy()
     seconds: dict[str, list[float]] = {name: [] for name in ready}
+    costs: dict[str, list[float]] = {name: [] for name in ready}
     with training_progress() as progress:
         task = progress.add_task("timing", total=cfg.rounds, status="")
         for _ in range(cfg.rounds):
-            for name, taken in measure.interleave(ready, 1).items():
-                seconds[name] += taken
+            before = measure.sample(*ready["nothing"])
+            for name in ready:
+                taken = measure.sample(*ready[name])
+                after = measure.sample(*ready["nothing"])
+                seconds[name].append(taken)
+                costs[name].append(100 * (2 * taken / (before + after) - 1))
+                before = after
             progress.update(task, advance=1)
-    rows = []
-    for name, taken in seconds.items():
-        each = 100 * (np.asarray(taken) / np.asarray(seconds["nothing"]) - 1)
+    rng, rows = np.random.default_rng(0), []
+    for name, each in costs.items():
+        again = np.median(rng.choice(each, (2000, len(each))), axis=1)
+        low, high = np.percentile(again, (2.5, 97.5))
         rows.append(
             {
                 "observed": name,
-                **measure.summarise(taken),
+                **measure.summarise(seconds[name]),
                 "cost_percent": round(float(np.median(each)), 2),
-                "least": round(float(each.min()), 2),
-                "largest": round(float(each.max()), 2),
+                "low": round(float(low), 2),
+                "high": round(float(high), 2),
                 "temporary_bytes": extra_bytes[name],
             }
         )
@@ -136,10 +144,10 @@ def main(argv: list[str] | None = None) -> int:
 def show(console: rich.console.Console, rows: list[dict[str, Any]], busy: str | None) -> None:
     """Print the table, and whether the targets are met."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    for column in ("observed", "ms", "cost %", "[least, largest]", "temporaries MB"):
+    for column in ("observed", "ms", "cost %", "95 % interval", "temporaries MB"):
         table.add_column(column, justify="left" if column == "observed" else "right")
     for row in rows:
-        cost, spread = f"{row['cost_percent']:+.1f}", f"{row['least']:+.1f}, {row['largest']:+.1f}"
+        cost, spread = f"{row['cost_percent']:+.1f}", f"{row['low']:+.1f} to {row['high']:+.1f}"
         megabytes = f"{row['temporary_bytes'] / 1e6:.1f}"
         table.add_row(row["observed"], f"{row['ms']:.0f}", cost, spread, megabytes)
     console.print(table)
@@ -159,13 +167,13 @@ def show(console: rich.console.Console, rows: list[dict[str, Any]], busy: str | 
 
 
 def figure(cfg: Config, rows: list[dict[str, Any]]) -> matplotlib.figure.Figure:
-    """Draw cost in percent of forward and backward, with the spread over rounds."""
+    """Draw cost in percent of forward and backward, with its 95 % interval."""
     rows = [row for row in rows if row["observed"] != "nothing"]
     made = matplotlib.figure.Figure(figsize=(6.75, 0.26 * len(rows) + 1.0), layout="constrained")
     ax = made.subplots()
     y = np.arange(len(rows))[::-1]
     cost = np.array([row["cost_percent"] for row in rows])
-    low, high = (np.array([row[end] for row in rows]) for end in ("least", "largest"))
+    low, high = (np.array([row[end] for row in rows]) for end in ("low", "high"))
     colors = ["#D55E00" if "penalised" in row["observed"] else "#0072B2" for row in rows]
     ax.hlines(y, low, high, color=colors, linewidth=1.2, alpha=0.5)
     ax.scatter(cost, y, color=colors, s=22, zorder=3)

@@ -40,6 +40,11 @@ class Mean:
         """Evaluate the function for pairs; index arrays as in a score function."""
         return jnp.asarray(self.g(b, n, t, s)) if callable(self.g) else self.g[b, s, n]
 
+    @property
+    def reaches(self) -> Callable[..., Any] | None:
+        """Return the function (t0, nt, s0, ns) that is False of blocks where this is 0, if any."""
+        return self.g.reaches if isinstance(self.g, _Within) else None
+
     def check(self, sizes: Sizes) -> None:
         """Raise unless the function or array fits a call's sizes."""
         if not callable(self.g):
@@ -130,6 +135,10 @@ class _Within:
 
     def __call__(self, b, n, t, s):
         return jnp.abs(s - t) <= self.w
+
+    def reaches(self, t0, nt, s0, ns):
+        """Say whether any of nt positions from t0 and ns keys from s0 is that close."""
+        return (s0 - (t0 + nt - 1) <= self.w) & (t0 - (s0 + ns - 1) <= self.w)
 
 
 def check_observe(observe: Any, sizes: Sizes) -> tuple[tuple[str, ...], tuple[Mean, ...]]:

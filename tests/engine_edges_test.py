@@ -37,8 +37,10 @@ def random(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def near(got, want) -> None:
+    """Equal but for 16 roundings of the largest."""
+    eps = float(jnp.finfo(jnp.float32).eps)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=16 * eps * float(jnp.abs(b).max()))
 
 
 def segmented(q, w, u, ids, implementation):

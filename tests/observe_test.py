@@ -26,6 +26,7 @@ from jax_attn import (
     project_qkv,
     rope,
     stack,
+    where,
     window_mass,
 )
 from tests import formulas
@@ -90,6 +91,71 @@ def test_attention_reports_what_the_scores_do(cross: bool) -> None:
     # Not observed, it returns its output and no more.
     plain = jit(lambda params, x: ATTEND(params, x, kv_BSD=kv_BSD, **more))(PARAMS, X_BTD)
     np.testing.assert_array_equal(plain, y_BTD)
+
+
+@pytest.mark.parametrize("S", [64, 61])
+def test_argmax_is_the_first_of_the_largest_keys(S: int) -> None:
+    """Small integers tie often, within a row's parts and across them; the rows see 0 to S keys."""
+    rng = np.random.default_rng(0)
+    q_BTNH, k_BSKH = (jnp.asarray(rng.integers(-1, 2, (B, S, N, 2)), jnp.float32) for _ in range(2))
+    s_BTNS = np.einsum("BTNH,BSNH->BTNS", q_BTNH, k_BSKH) / np.sqrt(np.float32(2.0))
+    before = np.tri(S, k=-1, dtype=bool)
+    want = np.where(before[None, :, None], s_BTNS, -np.inf).argmax(-1)
+    want[:, 0] = -1
+
+    @partial(jit, static_argnums=2)
+    def run(q_BTNH, k_BSKH, implementation):
+        options: Any = {"observe": ("argmax_key",), "implementation": implementation}
+        mask = causal() & where(lambda b, n, t, s: t != s)
+        return dot_product_attention(q_BTNH, k_BSKH, k_BSKH, mask=mask, **options)[1]
+
+    for implementation in ("blockwise", "dense"):
+        got = run(q_BTNH, k_BSKH, implementation)["argmax_key"]
+        np.testing.assert_array_equal(got, want, err_msg=implementation)
+
+
+def test_statistics_of_two_halves_of_the_keys_merge() -> None:
+    """With w_i = e^(lse_i - lse) the share of half i, H = Σ w_i (H_i - log w_i), Σp² = Σ w_i² q_i,
+    and means weigh by w_i; the second half's keys begin at 0, so its queries begin earlier."""
+    q_BTNH = random_like(np.zeros((B, S, N, H)), 3)
+    k_BSKH, v_BSKE = random_like(np.zeros((B, S, K, H)), 4), random_like(np.zeros((B, S, K, E)), 5)
+    names = ("lse", "max_logit", "entropy", "effective_keys", "expected_distance", "argmax_key")
+    first = 11
+    observe = partial(
+        dot_product_attention, mask=causal(), scale=1.0, observe=(*names, window_mass(3))
+    )
+    ends = ((slice(None, first), 0), (slice(first, None), -first))
+    (o, whole), *halves = (
+        jit(partial(observe, q_offset=offset))(q_BTNH, k_BSKH[:, part], v_BSKE[:, part])
+        for part, offset in ((slice(None), 0), *ends)
+    )
+    assert (np.asarray(halves[1][1]["lse"])[:, :first] == -np.inf).all()
+    lse = np.logaddexp(*(np.float64(seen["lse"]) for _, seen in halves))
+    w = [np.exp(seen["lse"] - lse) for _, seen in halves]
+
+    def mean(of):
+        return sum(w * np.float64(of(seen)) for w, (_, seen) in zip(w, halves, strict=True))
+
+    surprise = sum(-w * np.log(np.where(w > 0.0, w, 1.0)) for w in w)
+    participation = sum(
+        w**2 / np.where(w > 0.0, seen["effective_keys"], 1.0)
+        for w, (_, seen) in zip(w, halves, strict=True)
+    )
+    tops = [np.asarray(seen["max_logit"]) for _, seen in halves]
+    left, right = (np.asarray(seen["argmax_key"]) for _, seen in halves)
+    want = {
+        "lse": lse,
+        "max_logit": np.maximum(*tops),
+        "entropy": mean(lambda seen: seen["entropy"]) + surprise,
+        "effective_keys": 1.0 / participation,
+        "expected_distance": mean(lambda seen: seen["expected_distance"]),
+        "argmax_key": np.where(tops[1] > tops[0], first + right, left),
+        "window_mass": mean(lambda seen: seen["window_mass"]),
+    }
+    assert set(whole) == set(want)
+    close(o, sum(w[..., None] * np.float64(o) for w, (o, _) in zip(w, halves, strict=True)))
+    for name, x in want.items():
+        close(whole[name], x)
 
 
 def test_what_is_kept_is_what_was_asked_for() -> None:

@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     narrow: Any  # dtype of matmul operands
     columns: tuple[str, ...] = ()  # see columns.py
     means: tuple[Callable[..., Any], ...] = ()  # (consts, b, n, t, s) -> number
+    reaches: tuple[Callable[..., Any] | None, ...] = ()  # of each mean: False of blocks of zeros
 
     @property
     def scales_q(self) -> bool:

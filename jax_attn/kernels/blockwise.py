@@ -141,6 +141,7 @@ def prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
         wide=call.wide,
         narrow=_narrow(call),
         columns=observations.columns(call),
+        reaches=tuple(mean.reaches for mean in call.means),
     )
     shared: dict[str, Any] = {}
     if plan.scale is None:

@@ -62,13 +62,39 @@ def add(plan: Plan, data: Data, shared: dict, at: At, masked: bool, columns, s, 
         made["distance"] += jnp.sum(e * keys, axis=-1) + (middle - rows) * total
     if "argmax" in made:
         # Not the first e = 1: the compiler may round s differently on its way into e.
-        best, old = jnp.max(s, axis=-1), made["argmax"]
-        first = jnp.min(jnp.where(s == best[..., None], _keys(at, s), jnp.inf), axis=-1)
+        (best, first), old = _first_largest(s), made["argmax"]
+        first = first + jax.lax.convert_element_type(at.s, s.dtype)
         tied = (best == m) & (m > -jnp.inf)
         made["argmax"] = jnp.where(best > m, first, jnp.where(tied, jnp.minimum(first, old), old))
-    for i, f in enumerate(_means(plan, data, shared, at, s)):
-        made[_mean(i)] += jnp.sum(_there(e, e * f, masked), axis=-1)
+    for i, reaches in enumerate(plan.reaches):
+
+        def mass(i=i):
+            f = _mean_function(plan, data, shared, at, s, i)
+            return jnp.sum(_there(e, e * f, masked), axis=-1)
+
+        if reaches is None:
+            made[_mean(i)] += mass()
+        else:
+            some = reaches(at.t + data.q_offset, s.shape[3], at.s, s.shape[4])
+            made[_mean(i)] += jax.lax.cond(some, mass, lambda: jnp.zeros_like(total))
     return made
+
+
+def _first_largest(s):
+    """Return the largest logit of each row of a block, and the index of the first that is it.
+
+    Parts of a row are compared with each other first: with one number a row only as many entries
+    are compared as one part has.
+    """
+    parts = jnp.split(s, 8 if s.shape[-1] % 8 == 0 else 1, axis=-1)
+    top, part = parts[0], jnp.zeros_like(parts[0])
+    for i, x in enumerate(parts[1:], 1):
+        part = jnp.where(x > top, float(i), part)
+        top = jnp.maximum(x, top)
+    best = jnp.max(s, axis=-1)
+    keys = jnp.arange(top.shape[-1], dtype=s.dtype).reshape(1, 1, 1, 1, -1)
+    index = part * top.shape[-1] + keys
+    return best, jnp.min(jnp.where(top == best[..., None], index, jnp.inf), axis=-1)
 
 
 def _shifted(s, e, shift, total, masked: bool):
@@ -148,7 +174,8 @@ def slope(plan, data, shared, at, masked, rows: Columns, argmax, p, s, lse) -> t
     if any(g is not None for g in wanted):
 
         def of(consts):
-            return _means(plan, data, {"means": consts}, at, s)
+            every = range(len(plan.means))
+            return [_mean_function(plan, data, {"means": consts}, at, s, i) for i in every]
 
         means, undo = jax.vjp(of, shared["means"])
         cotangents = [
@@ -179,7 +206,8 @@ def push(plan, data, shared, d_shared, at, masked, columns: Columns, argmax, p, 
     if plan.means:
 
         def of(consts):
-            return _means(plan, data, {"means": consts}, at, s)
+            every = range(len(plan.means))
+            return [_mean_function(plan, data, {"means": consts}, at, s, i) for i in every]
 
         means, d_means = jax.jvp(of, (shared["means"],), (d_shared["means"],))
         for i, (f, df) in enumerate(zip(means, d_means, strict=True)):
@@ -210,17 +238,13 @@ def _mean(i: int) -> str:
     return f"mean.{i}"
 
 
-def _means(plan: Plan, data: Data, shared: dict, at: At, s) -> list[jax.Array]:
-    """Evaluate the functions whose mean is wanted, on a block [B,K,G,T,S]."""
-    if not plan.means:
-        return []
+def _mean_function(plan: Plan, data: Data, shared: dict, at: At, s, i: int) -> jax.Array:
+    """Evaluate the i-th function whose mean is wanted, on a block [B,K,G,T,S]."""
     B, K, G = s.shape[:3]
     b, n, t, keys = real_indices(plan, at, (B, K * G, *s.shape[3:]))
-    made = []
-    for f, floats, others in zip(plan.means, shared["means"], data.means, strict=True):
-        f_BNTS = f((floats, others), b, n, t + data.q_offset, keys).astype(plan.wide)
-        made.append(jnp.broadcast_to(f_BNTS, (B, K * G, *s.shape[3:])).reshape(s.shape))
-    return made
+    consts = (shared["means"][i], data.means[i])
+    f_BNTS = plan.means[i](consts, b, n, t + data.q_offset, keys).astype(plan.wide)
+    return jnp.broadcast_to(f_BNTS, (B, K * G, *s.shape[3:])).reshape(s.shape)
 
 
 def _gap(s, reference, p, masked: bool):
