@@ -130,11 +130,11 @@ def test_statistics_of_two_halves_of_the_keys_merge() -> None:
         for part, offset in ((slice(None), 0), *ends)
     )
     assert (np.asarray(halves[1][1]["lse"])[:, :first] == -np.inf).all()
-    lse = np.logaddexp(*(np.float64(seen["lse"]) for _, seen in halves))
+    lse = np.logaddexp.reduce([np.asarray(seen["lse"], np.float64) for _, seen in halves])
     w = [np.exp(seen["lse"] - lse) for _, seen in halves]
 
     def mean(of):
-        return sum(w * np.float64(of(seen)) for w, (_, seen) in zip(w, halves, strict=True))
+        return sum(w * np.asarray(of(seen), float) for w, (_, seen) in zip(w, halves, strict=True))
 
     surprise = sum(-w * np.log(np.where(w > 0.0, w, 1.0)) for w in w)
     participation = sum(
@@ -145,7 +145,7 @@ def test_statistics_of_two_halves_of_the_keys_merge() -> None:
     left, right = (np.asarray(seen["argmax_key"]) for _, seen in halves)
     want = {
         "lse": lse,
-        "max_logit": np.maximum(*tops),
+        "max_logit": np.maximum(tops[0], tops[1]),
         "entropy": mean(lambda seen: seen["entropy"]) + surprise,
         "effective_keys": 1.0 / participation,
         "expected_distance": mean(lambda seen: seen["expected_distance"]),
@@ -153,7 +153,7 @@ def test_statistics_of_two_halves_of_the_keys_merge() -> None:
         "window_mass": mean(lambda seen: seen["window_mass"]),
     }
     assert set(whole) == set(want)
-    close(o, sum(w[..., None] * np.float64(o) for w, (o, _) in zip(w, halves, strict=True)))
+    close(o, sum(w[..., None] * np.asarray(o, float) for w, (o, _) in zip(w, halves, strict=True)))
     for name, x in want.items():
         close(whole[name], x)
 
