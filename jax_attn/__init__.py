@@ -17,6 +17,8 @@ from jax_attn import (
 from jax_attn.alibi import alibi, alibi_slopes
 from jax_attn.attention import attention, init_attention, project_qkv
 from jax_attn.block import block, init_block, init_stack, stack
+from jax_attn.bootstrap import Processes, bootstrap
+from jax_attn.data_parallel import data_parallel
 from jax_attn.decode import extend, generate, init_cache, sample
 from jax_attn.dispatch import Explanation, explain, strict
 from jax_attn.dot_product import dense_weights, dot_product_attention
@@ -46,11 +48,24 @@ from jax_attn.observe import head_summary, mean_of, window_mass
 from jax_attn.params import check_leaves, count, draw
 from jax_attn.rope import Rope, rotate
 from jax_attn.shapes import ALPHABET, Sizes, axes, dims, spec
+from jax_attn.sharding import (
+    ACTIVATIONS,
+    PARAMS,
+    global_batch,
+    make_mesh,
+    shard_init,
+    shard_step,
+    specs,
+    whole_width,
+)
 
 __all__ = [
+    "ACTIVATIONS",
     "ALPHABET",
+    "PARAMS",
     "Explanation",
     "Mask",
+    "Processes",
     "Rope",
     "Routing",
     "Sizes",
@@ -60,12 +75,14 @@ __all__ = [
     "attribution",
     "axes",
     "block",
+    "bootstrap",
     "causal",
     "check_leaves",
     "chunks",
     "control",
     "count",
     "data",
+    "data_parallel",
     "dense",
     "dense_weights",
     "dims",
@@ -75,6 +92,7 @@ __all__ = [
     "extend",
     "gated_mlp",
     "generate",
+    "global_batch",
     "head_summary",
     "init_attention",
     "init_block",
@@ -91,6 +109,7 @@ __all__ = [
     "intervene",
     "language_model",
     "lengths",
+    "make_mesh",
     "masks",
     "mean_of",
     "mlp",
@@ -104,8 +123,11 @@ __all__ = [
     "rotate",
     "sample",
     "segments",
+    "shard_init",
+    "shard_step",
     "softmax",
     "spec",
+    "specs",
     "stack",
     "static_mixer",
     "static_weights",
@@ -114,6 +136,7 @@ __all__ = [
     "train",
     "view",
     "where",
+    "whole_width",
     "window",
     "window_mass",
 ]

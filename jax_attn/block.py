@@ -23,6 +23,7 @@ from jax_attn.mlp import mlp
 from jax_attn.norm import init_rms_norm, norm
 from jax_attn.params import Params, check_leaves
 from jax_attn.shapes import dims, floating
+from jax_attn.sharding import whole_width
 
 Part = Callable[..., Any]
 Init = Callable[[jax.Array], Params]
@@ -152,7 +153,7 @@ def block(
         if dropout_rate > 0.0 and key is not None:
             kept = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - dropout_rate, y_BTD.shape)
             y_BTD = jnp.where(kept, y_BTD / (1 - dropout_rate), 0)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = whole_width("BTD", x_BTD + y_BTD)
         if f"{name}_post_norm" in params:
             x_BTD = norm(params[f"{name}_post_norm"], x_BTD)
     return x_BTD, aux

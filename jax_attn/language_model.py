@@ -15,6 +15,7 @@ from jax_attn.mlp import mlp
 from jax_attn.norm import init_rms_norm, norm
 from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in
 from jax_attn.shapes import dims, floating, integer
+from jax_attn.sharding import whole_width
 
 causal_attention = partial(attention, mask=causal())
 causal_mixer = partial(static_mixer, mask=causal())
@@ -121,9 +122,11 @@ def language_model(
             )
 
     with jax.named_scope("embed"):
+        embed_VD = whole_width("VD", embed_VD)  # else a lookup gathers the table over V as well
         x_BTD = _rows(embed_VD, tokens_BT)
         if position_TD is not None:
             x_BTD = x_BTD + _rows(position_TD, q_offset + jnp.arange(sizes.T))[None]
+        x_BTD = whole_width("BTD", x_BTD)
     x_BTD, aux = stack(
         params["layers"],
         x_BTD,

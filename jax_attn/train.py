@@ -117,7 +117,11 @@ def bits_per_byte(loss: Any) -> Any:
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, parts: Sequence[str] = ()
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    parts: Sequence[str] = (),
+    axis: str | None = None,
 ) -> StepFn:
     """Build the pure function that makes one update; the caller jits, maps or shards it.
 
@@ -129,6 +133,9 @@ def make_train_step(
       tx: the optimizer. Norms of updates are those of what it returns, before rounding to the
         parameters' dtype.
       parts: keys such as `"attention"`; a part is every leaf whose path contains that key.
+      axis: a mesh axis that `data_parallel`, `shard_map` or `pmap` maps the step over. Gradients
+        and metrics are averaged over it, so every device makes the same update; `loss_fn` averages
+        over the rows of one device and gets a key of its own on each. None: the step sees all rows.
     Returns: `step(state, batch, key) -> (state, metrics)`. `loss_fn` gets
       `fold_in(key, state.step)`, so the same `key` serves all steps. Metrics: `loss`,
       `grad_norm`, `update_norm` and `param_norm` (of the parameters that the loss was measured
@@ -155,9 +162,18 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         leaves = _leaves_of_parts(state.params, parts)
         key = jax.random.fold_in(key, state.step)
+        params = state.params
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+            # The gradient of parameters that shard_map knows to be replicated is summed over the
+            # axis before anyone averages it: as many times too large as there are devices.
+            params = jax.tree.map(lambda p: jax.lax.pcast(p, axis, to="varying"), params)
         with jax.named_scope("loss_and_gradients"):
             value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, measured), grads = value_and_grad(state.params, batch, key)
+            (loss, measured), grads = value_and_grad(params, batch, key)
+        if axis is not None:
+            with jax.named_scope("average"):
+                loss, measured, grads = jax.lax.pmean((loss, dict(measured), grads), axis)
         with jax.named_scope("update"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
