@@ -254,8 +254,12 @@ def global_batch(make: Callable[[range], PyTree], mesh: Mesh, *, B: int) -> PyTr
     """
     places = NamedSharding(mesh, _spec("global_batch: B", "B", (B,), mesh, ACTIVATIONS))
     indices = places.addressable_devices_indices_map((B,)).values()
-    mine = {range(B)[index[0]] for index in indices if index is not None}
-    parts = [make(rows) for rows in sorted(mine, key=lambda rows: rows.start)]
+    mine: list[range] = []
+    for rows in sorted({range(B)[index[0]] for index in indices if index}, key=lambda r: r.start):
+        if mine and mine[-1].stop == rows.start:
+            rows = range(mine.pop().start, rows.stop)
+        mine.append(rows)
+    parts = [make(rows) for rows in mine]
     local = jax.tree.map(lambda *part: np.concatenate(part), *parts)
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype), local)
     for path, leaf in jax.tree_util.tree_leaves_with_path(local):
