@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_attn.shapes import ALPHABET, axes, spec
 from jax_attn.train import StepFn, TrainState
@@ -90,7 +90,7 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=modes, devices=devices)
 
 
-def specs(tree: PyTree, mesh: Mesh, rules: Rules = PARAMS) -> PyTree:
+def specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = PARAMS) -> PyTree:
     """Derive the place of every leaf from the letters that its name ends in.
 
     A leaf with one axis more than letters has L in front, as in `layers`. Where two letters of a
@@ -102,7 +102,7 @@ def specs(tree: PyTree, mesh: Mesh, rules: Rules = PARAMS) -> PyTree:
 
     Args:
       tree: parameters, a `TrainState` or a batch; arrays or ShapeDtypeStructs.
-      mesh: from `make_mesh`.
+      mesh: from `make_mesh`, or an AbstractMesh to ask without devices.
       rules: letter to mesh axis or axes; `PARAMS`, `ACTIVATIONS`, or one of them changed:
         `PARAMS | {"K": None}` replicates key/value heads.
     Returns: the tree with a NamedSharding in place of each leaf.

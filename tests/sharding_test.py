@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,10 +42,11 @@ def compiled(state: Any, mesh: Any, moe: bool = False) -> Any:
     return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
-# (sizes of the mesh, arrays that travel). What they are: with data or fsdp, an all-reduce of each of the 20 gradients (XLA for CPUs makes no reduce-scatter of it; the share that
-# is kept is cut out). With fsdp, an all-gather of each of the 6 matrices of a layer forward and
-# again backward, and of the two tables. With model, all-reduces of the residual stream, one for
-# each product with a split matrix, and two of the softmax over V.
+# (sizes of the mesh, arrays that travel). What they are: with data or fsdp, an all-reduce of each
+# of the 20 gradients (XLA for CPUs makes no reduce-scatter of it; the share kept is cut out).
+# With fsdp, an all-gather of each of the 6 matrices of a layer forward and again backward, and of
+# the two tables. With model, all-reduces of the residual stream, one for each product with a split
+# matrix, and two of the softmax over V.
 MODES: list[tuple[dict[str, int], dict[str, int]]] = [
     ({"data": 8}, {"all-reduce": 20}),
     ({"fsdp": 8}, {"all-gather": 14, "all-reduce": 20}),
@@ -249,5 +251,15 @@ def test_what_the_optimizer_keeps_lies_beside_its_parameter(tx: Any) -> None:
 
 
 def test_whole_width_does_nothing_without_a_mesh() -> None:
-    x_BTD = np.ones((2, 3, 5), np.float32)
+    x_BTD = jax.numpy.ones((2, 3, 5))
     assert a.whole_width("BTD", x_BTD) is x_BTD
+
+
+def test_the_readme_example_runs() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Shard\n")[2].partition("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    variables: dict[str, Any] = {}
+    with jax.numpy_rank_promotion("allow"):  # as it runs for a user
+        exec(example, variables)
+    assert int(variables["state"].step) == 2
