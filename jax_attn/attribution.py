@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_attn.kernels import program
 from jax_attn.kernels.call import Call, Score
@@ -57,8 +58,10 @@ def rollout(
     floating(q_LBTNH=q_LBTNH, k_LBSKH=k_LBSKH, sinks_LN=sinks_LN)
     if z.T != z.S:
         raise ValueError(f"k_LBSKH has S={z.S} but q_LBTNH has T={z.T}; rollout needs T = S")
-    number = isinstance(residual, int | float | np.number) and not isinstance(residual, bool)
-    if not (0.0 <= residual <= 1.0 if number else hasattr(residual, "dtype")) or np.ndim(residual):
+    traced = isinstance(residual, Tracer)
+    number = isinstance(residual, int | float | np.number | jax.Array)
+    number = number and not isinstance(residual, bool) and np.ndim(residual) == 0
+    if not number or not (traced or 0.0 <= residual <= 1.0):
         raise ValueError(f"residual must be a number from 0 to 1, got {residual!r}")
     q_BTNH, k_BSKH, sinks_N = (
         None if x is None else jax.ShapeDtypeStruct(x.shape[1:], x.dtype)

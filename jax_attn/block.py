@@ -107,7 +107,8 @@ def block(
       cache: keys and values of this block, see `jax_attn.decode`; attention's aux then holds the
         updated one.
       q_offset: position of x's first token.
-      intervene: edits of heads, handed to `attend` in place of those bound to it.
+      intervene: edits of heads, handed to `attend` in place of those bound to it; one that takes
+        them and does nothing with them is not found out.
       dropout_rate: of each part's output before it is added.
       dropout_key: drives that dropout, and is handed to `attend` for its own.
     Returns: (x_BTD, aux); aux maps a part's name to what it reports beside its output, if

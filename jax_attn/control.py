@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_attn.attention import OPTIONAL, REQUIRED
 from jax_attn.params import Params, check_leaves
@@ -26,8 +27,9 @@ def qk_clip(params: Params, max_logit_N: jax.Array, *, tau: float) -> Params:
     Args:
       params: of attention, from `init_attention`; or of a stack's layers, leaves with a leading L.
       max_logit_N: the largest logit of each head over a batch, [N] or [L,N]: that of
-        `head_summary(seen)["max_logit"]["max"]`. Heads without a finite one are left alone.
-      tau: bound of the logits, > 0.
+        `head_summary(seen)["max_logit"]["max"]`. Heads without keys (-inf) are left alone; where it
+        is NaN or inf no rescaling helps, and the weights become NaN.
+      tau: bound of the logits, > 0; may be traced.
     Returns: params with wq_DNH, wk_DKH and their biases bq_NH, bk_KH rescaled; heads within the
       bound, and keys that one of them reads, stay bit-equal.
     Raises: ValueError naming a leaf that is missing or unknown, if params has QK-norm, max_logit_N
@@ -57,8 +59,10 @@ def qk_clip(params: Params, max_logit_N: jax.Array, *, tau: float) -> Params:
             f"observed by head_summary"
         )
     floating(max_logit_N=max_logit_N)
-    above = jnp.isfinite(max_logit_N) & (max_logit_N > tau)
+    above = max_logit_N > tau
     gamma_N = jnp.where(above, tau / jnp.where(above, max_logit_N, 1.0), 1.0)
+    lost = jnp.isnan(max_logit_N) | jnp.isposinf(max_logit_N)
+    gamma_N = jnp.where(lost, jnp.nan, gamma_N)
     root_K = jnp.sqrt(jnp.max(gamma_N.reshape(*L, K, N // K), axis=-1))
     rest_N = gamma_N / jnp.repeat(root_K, N // K, axis=-1)
     made = dict(params)
@@ -122,15 +126,17 @@ def entropy_floor(entropy: jax.Array, *, floor: float, where: jax.Array | None =
 
 
 def _mean_over(there: jax.Array, x: jax.Array, penalty: Callable[[jax.Array], Any]) -> jax.Array:
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     made = jnp.where(there, penalty(jnp.where(there, x, 0.0)), 0.0)
     return jnp.sum(made) / jnp.maximum(jnp.sum(there), 1)
 
 
 def _check_bound(owner: str, name: str, value: Any, *, zero: bool) -> None:
     """Raise unless a number is > 0, or >= 0; one that is traced is not known."""
-    if hasattr(value, "dtype") and not isinstance(value, np.number):
+    if isinstance(value, Tracer) and not value.ndim:
         return
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    number = isinstance(value, int | float | np.number | jax.Array) and np.ndim(value) == 0
+    number = number and not isinstance(value, bool)
     if not number or not (value >= 0 if zero else value > 0):
         raise ValueError(f"{owner}: {name} must be {'>=' if zero else '>'} 0, got {value!r}")
 

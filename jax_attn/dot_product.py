@@ -69,10 +69,10 @@ def dot_product_attention(
         "expected_distance": Σ p·(key - position), positions
         "first_mass": p of key 0               "self_mass": p of the key at the row's own position
         "argmax_key": the first key of the largest logit, int32
-      A row without keys has lse (unless there is a sink) and max_logit -inf, argmax_key -1, and
-      otherwise 0. All but argmax_key have derivatives: that of max_logit goes to the first of the
-      largest keys. They are columns of
-      the same pass: O(T) memory, nothing for what is not asked for, and out stays what it is. The
+      A row without keys has lse and max_logit -inf, argmax_key -1, and otherwise 0; with a sink its
+      lse is the sink's logit, and effective_keys 1. All but argmax_key have derivatives: that of
+      max_logit goes to the first of the largest keys. They are columns of the same pass: O(T)
+      memory, nothing for what is not asked for, and out stays what it is. The
       kernels of others round what extra columns of values could give to the values' dtype, so
       they refuse `observe`; "native" takes a second pass in blocks, except for lse and the masses.
     Raises: ValueError naming the argument, the axis letter and both sizes.

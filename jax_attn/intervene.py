@@ -178,6 +178,9 @@ def given_pattern(heads: jax.Array, p: jax.Array) -> Edit:
 def knock_out(heads: jax.Array, mask: Mask) -> Edit:
     """Forbid the chosen heads every pair that a mask forbids, beside their own mask.
 
+    Pairs that their own mask forbids already are forbidden still: `causal()` takes nothing from a
+    causal model, and no error says so, since masks may be traced.
+
     Args:
       heads: as in `zero`.
       mask: from `jax_attn.masks`, True = still allowed; the same in every layer.
@@ -227,9 +230,11 @@ def path_effect(
 
     def measured(chosen_LN: jax.Array) -> jax.Array:
         value = metric(edit(chosen_LN))
-        if not hasattr(value, "shape") or value.shape != ():
-            got = getattr(value, "shape", type(value).__name__)
-            raise ValueError(f"path_effect: metric must return a scalar array, got {got}")
+        if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            got = type(value).__name__
+            if hasattr(value, "dtype"):
+                got = f"{value.dtype} {value.shape}"
+            raise ValueError(f"path_effect: metric must return a floating-point scalar, got {got}")
         return value
 
     one_LNLN = np.eye(L * N, dtype=bool).reshape(L, N, L, N)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_attn.shapes import Sizes
 
@@ -25,7 +26,7 @@ STATISTICS = (
     "max_prob",
 )
 
-Pairwise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Pairwise = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Any]
 
 
 @jax.tree_util.register_dataclass
@@ -109,13 +110,14 @@ def mean_of(g: Pairwise | jax.Array, *, name: str | None = None) -> Mean:
     return Mean(g, name)
 
 
-def window_mass(w: int) -> Mean:
-    """Ask for the mass within w positions: Σ_s p_s over |s - position| <= w, as "window_mass".
+def window_mass(w: int, *, name: str = "window_mass") -> Mean:
+    """Ask for the mass within w positions: Σ_s p_s over |s - position| <= w.
 
     Args:
       w: int >= 0.
+      name: key of the result; of two widths one needs another.
     Returns: an entry for `dot_product_attention(observe=...)`.
-    Raises: ValueError naming w.
+    Raises: ValueError naming w or name.
     Example:
       >>> from jax_attn import dot_product_attention
       >>> x_BTNH = jnp.zeros((1, 5, 2, 3))
@@ -125,7 +127,7 @@ def window_mass(w: int) -> Mean:
     """
     if not isinstance(w, int | np.integer) or isinstance(w, bool) or w < 0:
         raise ValueError(f"window_mass: w must be an int >= 0, got {w!r}")
-    return Mean(_Within(int(w)), "window_mass")
+    return mean_of(_Within(min(int(w), 2**31 - 1)), name=name)
 
 
 @jax.tree_util.register_dataclass
@@ -147,7 +149,8 @@ def check_observe(observe: Any, sizes: Sizes) -> tuple[tuple[str, ...], tuple[Me
     if observe is None:
         return (), ()
     if isinstance(observe, str | Mean) or not isinstance(observe, tuple | list):
-        raise ValueError(f"observe must be a tuple of statistics, got {observe!r}")
+        hint = f": write ({observe!r},)" if observe in STATISTICS else ""
+        raise ValueError(f"observe must be a tuple of statistics, got {observe!r}{hint}")
     names, means = [], []
     for entry in observe:
         if isinstance(entry, Mean):
@@ -162,7 +165,10 @@ def check_observe(observe: Any, sizes: Sizes) -> tuple[tuple[str, ...], tuple[Me
     given = [*names, *(mean.name for mean in means)]
     for name in given:
         if given.count(name) > 1:
-            raise ValueError(f"observe: {name!r} stands there twice; mean_of takes a name=")
+            raise ValueError(
+                f"observe: {name!r} stands there twice; leave one out, or of window_mass and "
+                f"mean_of give one another name="
+            )
     return tuple(names), tuple(means)
 
 
@@ -181,16 +187,18 @@ def head_summary(
 ) -> dict[str, dict[str, jax.Array]]:
     """Reduce statistics of rows to numbers a head, on the spot: mean, least, largest, counts.
 
-    Rows that are not finite (lse of a row without keys) are left out.
+    Rows that are -inf (lse and max_logit of a row without keys) are left out; NaN and inf are not,
+    so that a head that diverges shows.
 
     Args:
       seen: name -> [..., B, T, N], from `observe=`.
       edges: name -> rising edges of bins, [bins + 1]: adds "counts", how many rows fall into each
-        bin, from which quantiles can be read; rows outside count into the first or last bin.
+        bin, from which quantiles can be read; rows outside count into the first or last bin, NaN
+        into none.
     Returns: name -> {"mean", "min", "max": [..., N], "counts": int32 [..., N, bins]}; of no rows
       the mean is 0, the least inf, the largest -inf.
     Raises: ValueError naming a statistic without B and T, edges of a name that is not there or
-      that are no array [bins + 1].
+      that are no rising array [bins + 1].
     Example:
       >>> made = head_summary({"entropy": jnp.ones((2, 3, 5))})
       >>> made["entropy"]["mean"].tolist()
@@ -202,12 +210,15 @@ def head_summary(
             raise ValueError(f"edges: {name!r} is not among {', '.join(seen)}")
         if jnp.ndim(edges[name]) != 1 or len(edges[name]) < 2:
             raise ValueError(f"edges: {name!r} must be [bins + 1], got {jnp.shape(edges[name])}")
+        known = not isinstance(edges[name], Tracer)
+        if known and not (np.diff(np.asarray(edges[name])) > 0).all():
+            raise ValueError(f"edges: {name!r} must rise, got {np.asarray(edges[name])}")
     made = {}
     for name, x_BTN in seen.items():
         if x_BTN.ndim < 3:
             raise ValueError(f"seen: {name!r} must be [..., B, T, N], got {x_BTN.shape}")
         x_BTN = x_BTN.astype(jnp.promote_types(x_BTN.dtype, jnp.float32))
-        there = jnp.isfinite(x_BTN)
+        there = ~jnp.isneginf(x_BTN)
         some = jnp.maximum(jnp.sum(there, axis=(-3, -2)), 1)
         made[name] = {
             "mean": jnp.sum(jnp.where(there, x_BTN, 0.0), axis=(-3, -2)) / some,
@@ -216,9 +227,10 @@ def head_summary(
         }
         if name in edges:
             inner = jnp.asarray(edges[name])[1:-1]
+            counted = there & ~jnp.isnan(x_BTN)
             bins = jnp.searchsorted(inner, x_BTN, side="right")
             counts = [
-                jnp.sum(there & (bins == i), axis=(-3, -2)) for i in range(len(edges[name]) - 1)
+                jnp.sum(counted & (bins == i), axis=(-3, -2)) for i in range(len(edges[name]) - 1)
             ]
             made[name]["counts"] = jnp.stack(counts, axis=-1).astype(jnp.int32)
     return made

@@ -43,7 +43,7 @@ def edited(edit: intervene.Edit) -> Any:
 
 BAD: list[Entry] = [
     # observing
-    (call(dot, Q, K, V, observe="entropy"), r"observe must be a tuple of statistics, got 'entr"),
+    (call(dot, Q, K, V, observe="entropy"), r"got 'entropy': write \('entropy',\)"),
     (call(dot, Q, K, V, observe=("entropie",)), r"unknown .* 'entropie', the nearest is 'entropy'"),
     (call(dot, Q, K, V, observe=("lse", "lse")), r"observe: 'lse' stands there twice"),
     (call(dot, Q, K, V, observe=("window_mass",)), r"needs its width, pass window_mass\(w\)"),
@@ -62,6 +62,14 @@ BAD: list[Entry] = [
     (call(a.head_summary, {"lse": X}, edges={"a": x(2)}), r"edges: 'a' is not among lse"),
     (call(a.head_summary, {"lse": X}, edges={"lse": x(1)}), r"edges: 'lse' must be \[bins \+ 1\]"),
     (call(attend, ATTENTION, X, observe="lse"), r"observe must be a tuple of statistics"),
+    (
+        call(a.head_summary, {"lse": X}, edges={"lse": np.array([2.0, 1.0])}),
+        r"edges: 'lse' must rise, got \[2. 1.\]",
+    ),
+    (
+        call(dot, Q, K, V, observe=(a.window_mass(1), a.window_mass(2))),
+        r"'window_mass' stands there twice; .* another name=",
+    ),
     (call(attend, ATTENTION, X, reduce=a.head_summary), r"reduce is applied to .*observe is None"),
     (call(attend, ATTENTION, X, observe=("lse",), reduce="mean"), r"reduce must be a function"),
     (call(attend, ATTENTION, X, keep="o_BTNE"), r"keep must be a tuple of q_BTNH, .*got 'o_BTNE'"),
@@ -125,11 +133,15 @@ BAD: list[Entry] = [
     ),
     (
         call(intervene.path_effect, lambda edit: jnp.ones(3), intervene.zero, L=2, N=3),
-        r"metric must return a scalar array, got \(3,\)",
+        r"metric must return a floating-point scalar, got float32 \(3,\)",
     ),
     (
         call(intervene.path_effect, lambda edit: (edit, 0.0), intervene.zero, L=2, N=3),
-        r"metric must return a scalar array, got tuple",
+        r"metric must return a floating-point scalar, got tuple",
+    ),
+    (
+        call(intervene.path_effect, lambda edit: jnp.bool_(True), intervene.zero, L=2, N=3),
+        r"metric must return a floating-point scalar, got bool",
     ),
     (call(intervene.path_effect, len, intervene.zero, L=0, N=3), r"L must be an int >= 1, got 0"),
     (call(intervene.path_effect, len, intervene.zero, L=2, N=True), r"N must be an int >= 1"),
@@ -148,6 +160,12 @@ BAD: list[Entry] = [
         call(control.qk_clip, ATTENTION | tree(k_scale_H=(2,)), x(3), tau=9.0),
         r"k_scale_H undoes what the clip does",
     ),
+    (
+        call(control.qk_clip, ATTENTION, x(3), tau=jnp.float32(-1)),
+        r"tau must be > 0, got Arr",
+    ),
+    (call(control.qk_clip, ATTENTION, x(3), tau=jnp.ones(4)), r"tau must be > 0, got Array\(\[1"),
+    (call(control.entropy_floor, x(3), floor=jnp.ones(3)), r"floor must be >= 0, got Array"),
     (call(control.z_loss, i(3)), r"z_loss: lse must be a floating array, got int32"),
     (call(control.z_loss, [1.0]), r"z_loss: lse must be a floating array, got list"),
     (call(control.entropy_floor, x(3), floor=-1.0), r"floor must be >= 0, got -1.0"),

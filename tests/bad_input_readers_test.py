@@ -1,5 +1,7 @@
 """Wrong arguments of what reads weights again; see tests/bad_input_test.py."""
 
+import numpy as np
+
 import jax_attn as a
 from jax_attn.attribution import head_norms, rollout, value_weighted_rows
 from jax_attn.readers import attention_block, attention_rows, received_mass, top_links
@@ -39,6 +41,10 @@ BAD: list[Entry] = [
         r"residual must be .* 0 to 1, got 1.5",
     ),
     (call(rollout, LAYERS_Q, LAYERS_Q, rows=0, residual=True), r"residual must be .*, got True"),
+    (
+        call(rollout, LAYERS_Q, LAYERS_Q, rows=0, residual=np.float32(2)),
+        r"residual must be .* 0 to 1, got .*2.0",
+    ),
     (call(rollout, LAYERS_Q, LAYERS_Q, rows=0, residual=x(2)), r"residual must be a number"),
     (call(rollout, LAYERS_Q, LAYERS_Q, rows=0, sinks_LN=x(1, 3)), r"sinks_LN has L=1 but q_LBTNH"),
     (call(head_norms, V, x(4, 13, 6)), r"wo_NED has N=4, no multiple of K=3 of x_BTKE"),

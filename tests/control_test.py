@@ -86,11 +86,17 @@ def test_clip_leaves_heads_within_the_bound_bit_equal() -> None:
     np.testing.assert_allclose(made["wk_DKH"][:, 0], want, rtol=4 * EPS)
 
 
-@pytest.mark.parametrize("unknown", [np.nan, np.inf, -np.inf])
-def test_clip_leaves_a_head_without_a_finite_logit_alone(unknown: float) -> None:
+def test_clip_leaves_a_head_without_keys_alone() -> None:
     params = formulas.draw(INIT, 2)
-    made = control.qk_clip(params, LOGITS_N.at[3].set(unknown), tau=20.0)
+    made = control.qk_clip(params, LOGITS_N.at[3].set(-np.inf), tau=20.0)
     np.testing.assert_array_equal(changed(params["wq_DNH"], made["wq_DNH"]), [1, 1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_clip_does_not_hide_a_head_that_has_diverged(lost: float) -> None:
+    made = control.qk_clip(formulas.draw(INIT, 2), LOGITS_N.at[3].set(lost), tau=20.0)
+    assert np.isnan(made["wq_DNH"][:, 3]).all()
+    assert np.isfinite(made["wq_DNH"][:, :2]).all()
 
 
 def test_clip_with_a_head_of_keys_for_each_query_head() -> None:

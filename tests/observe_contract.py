@@ -235,6 +235,36 @@ class Observes:
                 empty = {"lse": -np.inf, "max_logit": -np.inf, "argmax_key": -1}.get(name, 0.0)
                 np.testing.assert_array_equal(value, np.full((z.B, z.T, z.N), empty), name)
 
+    @pytest.mark.parametrize("by", ["bias", "score"])
+    def test_logits_of_minus_infinity_are_a_mask(self, by):
+        """Without any other mask, and with a mean that is infinite where nothing attends."""
+        z, x = TINY, draw(TINY)
+        bias_BNTS = jnp.where(jnp.tri(z.T, z.S, dtype=bool), 0.0, -jnp.inf)[None, None]
+
+        def far(b, n, t, s):
+            return jnp.where(s > t, jnp.inf, 2.0)
+
+        def hide(logits, b, n, t, s):
+            return jnp.where(s <= t, logits, -jnp.inf)
+
+        def loss(q, k, how):
+            options = {"bias": {"bias_BNTS": bias_BNTS}, "score": {"score": hide}}
+            options |= {"mask": {"mask": causal()}}
+            seen = dot_product_attention(
+                *(q, k, x["v"]),
+                **options[how],
+                observe=(*STATISTICS, mean_of(far)),
+                implementation=self.implementation,
+            )[1]
+            return sum(jnp.sum(x) for name, x in seen.items() if name != "argmax_key"), seen
+
+        derive = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+        (_, got), grads = derive(x["q"], x["k"], by)
+        (_, want), same = derive(x["q"], x["k"], "mask")
+        eps = float(np.finfo(np.float32).eps)
+        for a, b in zip(jax.tree.leaves((got, grads)), jax.tree.leaves((want, same)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=16 * eps * np.abs(b).max())
+
     def test_output_and_its_gradient_do_not_change(self):
         x = draw(SHAPES["gqa"], self.every_option)
 

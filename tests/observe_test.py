@@ -273,6 +273,39 @@ def test_head_summary_is_the_formula() -> None:
     assert made["counts"].dtype == jnp.int32
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_head_summary_shows_a_head_that_diverges(bad: float) -> None:
+    x_BTN = jnp.zeros((B, T, N)).at[0, 1, 2].set(bad)
+    made = head_summary({"entropy": x_BTN}, edges={"entropy": jnp.array([-1.0, 1.0, 2.0])})
+    made = made["entropy"]
+    for name in ("mean", "max"):
+        np.testing.assert_array_equal(made[name], [0.0, 0.0, bad], err_msg=name)
+    assert made["counts"].sum(-1).tolist() == [B * T, B * T, B * T - np.isnan(bad)]
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_no_keys_are_the_row_without_keys(sinks: bool) -> None:
+    q_BTNH, k_BSKH = random_like(np.zeros((B, T, N, H)), 1), random_like(np.zeros((B, S, K, H)), 2)
+    sinks_N = jnp.arange(N, dtype=jnp.float32) if sinks else None
+    names = ("lse", "max_logit", "entropy", "effective_keys", "expected_distance", "argmax_key")
+    options: Any = {"sinks_N": sinks_N, "observe": (*names, "first_mass", window_mass(2, name="w"))}
+    got = dot_product_attention(q_BTNH, k_BSKH[:, :0], k_BSKH[:, :0], **options)[1]
+    nothing = jnp.zeros((1, 1, 1, 1), bool)
+    want = dot_product_attention(q_BTNH, k_BSKH, k_BSKH, mask=nothing, **options)[1]
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert set(got) == {*names, "first_mass", "w"}
+
+
+def test_a_mean_may_be_a_number() -> None:
+    x_BTNH = random_like(np.zeros((B, T, N, H)), 1)
+    for implementation in ("dense", "blockwise"):
+        one = mean_of(lambda b, n, t, s: 1.0, name="one")
+        made = dot_product_attention(
+            *(x_BTNH, x_BTNH, x_BTNH), observe=(one,), implementation=implementation
+        )
+        close(made[1]["one"], np.ones((B, T, N)))
+
+
 @pytest.mark.parametrize("shape", [(0, T, N), (B, 0, N)])
 def test_head_summary_of_no_rows(shape: tuple[int, ...]) -> None:
     made = head_summary({"entropy": jnp.zeros(shape)})["entropy"]

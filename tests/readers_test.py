@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jax_attn import Mask, alibi, causal, dense, lengths, segments, window
+from jax_attn import Mask, alibi, causal, dense, dense_weights, lengths, segments, window
 from jax_attn.kernels import blockwise, links
 from jax_attn.readers import attention_block, attention_rows, received_mass, top_links
 from tests import oracle
@@ -310,6 +310,25 @@ def test_what_is_received_adds_up_to_the_queries() -> None:
     of_head = received_mass(x["q"], x["k"], queries_BTN=jnp.arange(6.0)[None, None], mask=causal())
     want = received_mass(x["q"], x["k"], mask=causal()) * jnp.arange(6.0)[None, None]
     np.testing.assert_allclose(of_head, want, rtol=8 * 1.2e-7)
+
+
+@pytest.mark.parametrize("T", [17, 37])
+def test_links_have_as_many_rows_as_there_are_queries(T: int) -> None:
+    """More than 16, of which blocks hold multiples."""
+    rng = np.random.default_rng(3)
+    q_BTNH, k_BSNH = (jnp.asarray(rng.normal(size=(1, T, 1, 3)), jnp.float32) for _ in range(2))
+
+    def strongest(q_BTNH, k_BSNH):
+        return top_links(q_BTNH, k_BSNH, k=1)[0]
+
+    def largest(q_BTNH, k_BSNH):
+        return dense_weights(q_BTNH, k_BSNH).max(axis=-1).transpose(0, 2, 1)[..., None]
+
+    got, want = (jax.vjp(f, q_BTNH, k_BSNH) for f in (strongest, largest))
+    assert got[0].shape == (1, T, 1, 1)
+    jax.tree.map(close, got[0], want[0])
+    ones = jnp.ones_like(got[0])
+    jax.tree.map(close, got[1](ones), want[1](ones))
 
 
 def test_gradient_of_links_is_that_of_their_pairs() -> None:

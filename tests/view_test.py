@@ -243,6 +243,15 @@ def test_wrong_arguments_are_named(tmp_path: pathlib.Path) -> None:
         r"weights_LNTS\(0, 0\) has \(T, S\) = \(7, 7\) but there are 5 tokens": lambda: write(
             tokens[:5], lambda l, n: same_LNTT[l, n], path, L=1, N=1
         ),
+        "title must be a str, got None": lambda: write(tokens, same_LNTT, path, title=None),
+        "path must be that of a file, got None": lambda: write(tokens, same_LNTT, None),
+        "q_offset must be an int or None": lambda: write(tokens, same_LNTT, path, q_offset="a"),
+        "statistics: .* are one; leave one out": lambda: write(
+            tokens,
+            same_LNTT,
+            path,
+            statistics={"distance": np.ones((2, 3)), "expected_distance": np.ones((2, 3))},
+        ),
         "L=5 but weights_LNTS has L=2": lambda: write(tokens, same_LNTT, path, L=5),
     }.items():
         with pytest.raises(ValueError, match=says):
@@ -340,6 +349,9 @@ def test_pictures_refuse_what_has_no_room() -> None:
         "columns must be an int >= 1": lambda: heads(weights_LNTT, columns=0),
         "limit must be a number above 0": lambda: heads(weights_LNTT, limit=-1),
         "heads is empty": lambda: heads(weights_LNTT, heads=[]),
+        r"heads: 0 is no \(layer, head\)": lambda: heads(weights_LNTT, heads=[0, 1]),
+        r"heads: \(0.7, 0\) is no": lambda: heads(weights_LNTT, heads=[(0.7, 0)]),
+        r"tokens\[0\] must be a str": lambda: heads(weights_LNTT, tokens=range(7)),
     }.items():
         with pytest.raises(ValueError, match=says):
             call()
@@ -373,6 +385,8 @@ def test_training_names_what_does_not_fit() -> None:
     for says, history, names in (
         ("history needs 'steps', it has 'entropy'", {"entropy": good["entropy"]}, None),
         ("'steps' must be rising", good | {"steps": [1, 0]}, None),
+        ("'steps' must be rising", good | {"steps": [0, np.nan]}, None),
+        ("'entropy' holds 'mean'; take", good | {"entropy": {"mean": np.ones((2, L, N))}}, None),
         (r"must be \[steps, L, N\] with 2 steps", good | {"entropy": np.ones((3, L, N))}, None),
         ("'x' has N=2 but 'entropy' has N=3", good | {"x": np.ones((2, L, 2))}, None),
         ("'distance' is not in history", good, ["distance"]),

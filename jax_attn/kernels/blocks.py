@@ -69,7 +69,38 @@ class Data(NamedTuple):
     q_offset: Any
     by_query: Any  # Visits
     by_key: Any
+    place: Any  # Place
     means: Any = ()
+
+
+class Place(NamedTuple):
+    """Where in a call its blocks are: a device may hold a part of the batch, the heads, the queries
+    and the keys, and masks, scores and dropout are functions of indices in the whole.
+
+    First batch entry and head; of each block of queries and of keys the index of its first; of each
+    block of keys the end of those that are there, the rest being padding.
+    """
+
+    b: Any
+    n: Any
+    t: Any
+    s: Any
+    end: Any
+
+
+class Part(NamedTuple):
+    """The part of a call that a device holds, in runs of consecutive queries and keys.
+
+    Lengths of the whole call; first batch entry and head; first query of each run, first key of
+    each run: [runs], or [steps, runs] where keys of other devices come by, step by step.
+    """
+
+    T: int
+    S: int
+    b: Any
+    n: Any
+    t: jax.Array
+    s: jax.Array
 
 
 class Visits(NamedTuple):
@@ -82,12 +113,20 @@ class Visits(NamedTuple):
 
 
 class At(NamedTuple):
-    """First batch entry, head, query and key of a block."""
+    """First batch entry, head, query and key of a block, in the whole call; end of its keys."""
 
     b: Any
     n: Any
     t: Any
     s: Any
+    end: Any
+
+
+def find(data: Data, b: Any, n: Any, i: Any, j: Any) -> At:
+    """Say where the block of queries i and keys j is, its first batch entry and head being b, n of
+    what is at hand."""
+    place = data.place
+    return At(place.b + b, place.n + n, place.t[i], place.s[j], place.end[j])
 
 
 def size_of(length: int, limit: int) -> int:
@@ -96,13 +135,30 @@ def size_of(length: int, limit: int) -> int:
     return -(-size // 16) * 16 if size > 16 else size
 
 
-def visits(mask: Mask | None, plan: Plan, q_offset: Any) -> tuple[Visits, Visits]:
+def place_of(plan: Plan, part: Part, T: int, S: int) -> Place:
+    """Say where the blocks of a part are that holds T queries and S keys."""
+    T, S = T // len(part.t), S // part.s.shape[-1]
+
+    def starts(first, length, size):
+        count = -(-length // size)
+        steps = jnp.tile(jnp.arange(count, dtype=jnp.int32) * size, first.shape[-1])
+        return jnp.repeat(first, count, axis=-1) + steps.reshape(*[1] * (first.ndim - 1), -1)
+
+    t, s = starts(part.t, T, plan.queries), starts(part.s, S, plan.keys)
+    return Place(part.b, part.n, t, s, jnp.repeat(part.s + S, -(-S // plan.keys), axis=-1))
+
+
+def visits(mask: Mask | None, plan: Plan, place: Place, q_offset: Any) -> tuple[Visits, Visits]:
     """Ask the mask about every block; return the order by query blocks and by key blocks."""
+    if place.s.ndim == 2:
+
+        def step(s, end):
+            return visits(mask, plan, place._replace(s=s, end=end), q_offset)
+
+        return jax.vmap(step)(place.s, place.end)
     T, S = max(plan.T, 1), max(plan.S, 1)
     nt, ns = min(plan.queries, T), min(plan.keys, S)
-    t0 = jnp.arange(-(-T // plan.queries)) * plan.queries
-    s0 = jnp.arange(-(-S // plan.keys)) * plan.keys
-    padded = (s0 + plan.keys > plan.S)[None, :]
+    padded = (place.s + plan.keys > place.end)[None, :]
 
     def block(t0, s0):
         # The last block overlaps the one before it instead of leaving the mask's arrays: what is
@@ -115,7 +171,7 @@ def visits(mask: Mask | None, plan: Plan, q_offset: Any) -> tuple[Visits, Visits
         return jnp.asarray(some), jnp.asarray(every)
 
     over_keys = jax.vmap(block, in_axes=(None, 0), out_axes=0)
-    some, every = jax.vmap(over_keys, in_axes=(0, None), out_axes=0)(t0, s0)
+    some, every = jax.vmap(over_keys, in_axes=(0, None), out_axes=0)(place.t, place.s)
     kind = jnp.where(some, jnp.where(every & ~padded, 0, 1), 2)
     return _visits(kind), _visits(kind.T)
 
@@ -128,7 +184,7 @@ def _visits(kind: jax.Array) -> Visits:
 def indices(at: At, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """Return index arrays b, n, t, s of a block [B,N,T,S]."""
     made = []
-    for axis, (first, size) in enumerate(zip(at, shape, strict=True)):
+    for axis, (first, size) in enumerate(zip(at[:4], shape, strict=True)):
         made.append((first + jnp.arange(size)).reshape([-1 if i == axis else 1 for i in range(4)]))
     return tuple(made)
 
@@ -168,11 +224,16 @@ def final(plan: Plan, data: Data, at: At, masked: bool, s_BNTS, bias_BNTS, share
 
 def allowed(plan: Plan, data: Data, at: At, shape: tuple[int, ...]) -> jax.Array:
     """Say which pairs of a block may attend; broadcasts to the block."""
-    there = indices(at, shape)[3] < plan.S
+    there = indices(at, shape)[3] < at.end
     if plan.mask is None:
         return there
     b, n, t, s = real_indices(plan, at, shape)
     return there & plan.mask(data.mask, b, n, t, s, t + data.q_offset)
+
+
+def has_holes(plan: Plan, masked: bool, bias_BNTS: Any) -> bool:
+    """Say whether final logits of a block may be -inf, be it by the mask, the bias or the score."""
+    return masked or bias_BNTS is not None or plan.score is not None
 
 
 def kept(plan: Plan, data: Data, at: At, shape: tuple[int, ...]) -> jax.Array:
@@ -188,12 +249,12 @@ def cut(x: jax.Array, first: Any, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
 
 
-def cut_bias(plan: Plan, bias_BNTS: Any, at: At, units: tuple[int, int]) -> Any:
-    """Take the block's part of the bias."""
+def cut_bias(plan: Plan, bias_BNTS: Any, first: tuple[Any, ...], units: tuple[int, int]) -> Any:
+    """Take the block's part of the bias: of the queries at hand and all keys of the call."""
     if bias_BNTS is None:
         return None
     for axis, size in enumerate((*units, plan.queries, plan.keys)):
-        bias_BNTS = cut(bias_BNTS, at[axis], size, axis)
+        bias_BNTS = cut(bias_BNTS, first[axis], size, axis)
     return bias_BNTS
 
 

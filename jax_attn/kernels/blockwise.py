@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_attn.kernels import blocks, dense, folds, observations
-from jax_attn.kernels.blocks import At, Data, Plan, Point
+from jax_attn.kernels.blocks import At, Data, Part, Plan, Point, Value
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import hoist, vary, vary_together, varying_axes
 from jax_attn.kernels.processor import processor
@@ -27,16 +27,21 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def attend(call: Call) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Run attention block by block; return the output and what was to be observed."""
+def attend(call: Call, part: Part | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Run attention block by block; return the output and what was to be observed.
+
+    Args:
+      part: what of a call over several devices this is, None for all of it.
+    """
     if 0 in call.sizes["BTSN"]:
         out_BTNE = jnp.zeros(call.sizes["BTNE"], call.v_BSKE.dtype)
         return out_BTNE, observations.of_nothing(call)
-    o_BTNE, lse_BNT, rows = attend_with_lse(call)
+    asked, call = call, call if part is None else observations.with_masses_as_means(call)
+    o_BTNE, lse_BNT, rows = attend_with_lse(call, part)
     out_BTNE = o_BTNE.astype(call.v_BSKE.dtype)
     if not (call.statistics or call.means):
         return out_BTNE, {}
-    return out_BTNE, finish(call, lse_BNT, rows)
+    return out_BTNE, observations.in_order(asked, finish(call, lse_BNT, rows, part))
 
 
 def observe(call: Call) -> dict[str, jax.Array]:
@@ -44,11 +49,13 @@ def observe(call: Call) -> dict[str, jax.Array]:
     return attend(replace(call, v_BSKE=call.v_BSKE[..., :0], dropout_key=None, dropout_rate=0.0))[1]
 
 
-def finish(call: Call, lse_BNT: jax.Array, rows: dict[str, Any]) -> dict[str, jax.Array]:
+def finish(
+    call: Call, lse_BNT: jax.Array, rows: dict[str, Any], part: Part | None = None
+) -> dict[str, jax.Array]:
     """Turn lse and columns of all rows, [B,N,T], into the statistics of a call."""
     if call.mask is None:
         return observations.finish(call, lse_BNT, rows, None)
-    poison_BTN = poison(replace(call, v_BSKE=call.v_BSKE[..., :0]))
+    poison_BTN = poison(replace(call, v_BSKE=call.v_BSKE[..., :0]), part)
     return observations.finish(finite(call), lse_BNT, rows, poison_BTN)
 
 
@@ -61,42 +68,58 @@ def finite(call: Call) -> Call:
     return replace(call, q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKE=v_BSKE)
 
 
-def attend_with_lse(call: Call) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+def attend_with_lse(
+    call: Call, part: Part | None = None
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Run attention on arrays that are not empty; return the output, lse [B,N,T] and columns, all
     float32 or wider."""
-    sizes, given = call.sizes, call
+    given = call
     _refuse_explicit_axes(call)
-    plan, data, shared = prepare(call)
+    plan, data, shared = prepare(call, part)
     if call.mask is not None:
         # 0 · NaN is NaN, forward and backward: replace what is not finite before it meets a zero
         # probability, and give the NaN back to the rows that do attend to it.
         call = finite(call)
+    point = point_of(call, plan, shared, 1)
+    o_BTNE, lse_BNT, rows = rows_of(call, folds.fold(plan, *vary_together((point, data))), 1)
+    if call.mask is not None:
+        o_BTNE = o_BTNE + _poison(given, plan, data)[..., None]
+    return o_BTNE, lse_BNT, rows
+
+
+def point_of(call: Call, plan: Plan, shared: dict[str, Any], runs: int) -> Point:
+    """Put a call's arrays, whose queries and keys lie in so many runs, into whole blocks."""
+    sizes = call.sizes
     q_BKGTH = call.q_BTNH.reshape(sizes["BTKGH"]).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSE = (x.transpose(0, 2, 1, 3) for x in (call.k_BSKH, call.v_BSKE))
     bias_BNTS, sinks_N = call.bias_BNTS, call.sinks_N
     if bias_BNTS is not None:
-        bias_BNTS = pad(pad(bias_BNTS, 2, plan.queries), 3, plan.keys)
-    point = Point(
-        pad(q_BKGTH, 3, plan.queries),
-        pad(k_BKSH, 2, plan.keys),
-        pad(v_BKSE, 2, plan.keys),
+        bias_BNTS = pad(pad(bias_BNTS, 2, plan.queries, runs), 3, plan.keys)
+        if bias_BNTS.shape[3] > 1 and (runs > 1 or plan.S > sizes.S):
+            # It has all keys: the last block of a run may begin anywhere.
+            bias_BNTS = jnp.pad(bias_BNTS, [(0, 0)] * 3 + [(0, plan.keys)])
+    return Point(
+        pad(q_BKGTH, 3, plan.queries, runs),
+        pad(k_BKSH, 2, plan.keys, runs),
+        pad(v_BKSE, 2, plan.keys, runs),
         bias_BNTS,
         None if sinks_N is None else sinks_N.reshape(sizes["KG"]),
         shared,
     )
-    value = folds.fold(plan, *vary_together((point, data)))
-    o_BKGTE = value.o_BKGTE[:, :, :, : sizes.T]
+
+
+def rows_of(call: Call, value: Value, runs: int) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """Take a call's rows out of the blocks: the output, lse [B,N,T] and columns."""
+    sizes = call.sizes
+    o_BKGTE, lse_BKGT, seen_BKGT = jax.tree.map(lambda x: unpad(x, sizes.T, runs), value)
     o_BTNE = o_BKGTE.transpose(0, 3, 1, 2, 4).reshape(sizes["BTNE"])
-    if call.mask is not None:
-        o_BTNE = o_BTNE + _poison(given, plan, data)[..., None]
-    lse_BNT, rows = jax.tree.map(lambda x: x[..., : sizes.T].reshape(sizes["BNT"]), value[1:])
-    return o_BTNE, lse_BNT, rows
+    return o_BTNE, *jax.tree.map(lambda x: x.reshape(sizes["BNT"]), (lse_BKGT, seen_BKGT))
 
 
-def poison(call: Call) -> jax.Array:
+def poison(call: Call, part: Part | None = None) -> jax.Array:
     """Return [B,T,N]: NaN for the rows that attend to something not finite, or are and attend at
     all, else 0."""
-    plan, data, _ = prepare(call)
+    plan, data, _ = prepare(call, part)
     return _poison(call, plan, data)
 
 
@@ -118,20 +141,28 @@ def _poison(call: Call, plan: Plan, data: Data) -> jax.Array:
     return jax.lax.cond(clean, lambda: jnp.zeros_like(q_BTNH[..., 0], plan.wide), look)
 
 
-def prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
-    """Choose the blocks; return the plan, what has no derivative, and the scalars that have one."""
+def prepare(call: Call, part: Part | None = None) -> tuple[Plan, Data, dict[str, Any]]:
+    """Choose the blocks; return the plan, what has no derivative, and the scalars that have one.
+
+    Args:
+      part: what of a call over several devices this is, None for all of it.
+    """
     sizes, mask = call.sizes, call.mask
+    if part is None:
+        nothing = jnp.zeros(1, jnp.int32)
+        part = Part(sizes.T, sizes.S, jnp.int32(0), jnp.int32(0), nothing, nothing)
+    T, S = sizes.T // len(part.t), sizes.S // part.s.shape[-1]
     queries, keys = block_limits.value or (max(QUERIES // sizes.G, 1), KEYS)
-    queries, keys = blocks.size_of(sizes.T, queries), blocks.size_of(sizes.S, keys)
-    padded, one_block = sizes.S % keys > 0, queries >= sizes.T and keys >= sizes.S
+    queries, keys = blocks.size_of(T, queries), blocks.size_of(S, keys)
+    padded, one_block = S % keys > 0, queries >= part.T and keys >= part.S
     plan = Plan(
-        T=sizes.T,
-        S=sizes.S,
+        T=part.T,
+        S=part.S,
         queries=queries,
         keys=keys,
         one_unit=jax.default_backend() != "cpu",
         # One block with a mask is not worth a second program for the case that it allows all.
-        whole=sizes.S // keys > 0 and (mask is None or not one_block),
+        whole=S // keys > 0 and (mask is None or not one_block),
         mixed=padded or mask is not None,
         mask=None,
         score=None,
@@ -150,7 +181,7 @@ def prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
         shared["softcap"] = call.softcap
 
     unit = (sizes.B, sizes.N) if plan.one_unit else (1, sizes.G)
-    index = blocks.indices(At(0, 0, 0, 0), (*unit, queries, keys))
+    index = blocks.indices(At(0, 0, 0, 0, 0), (*unit, queries, keys))
     logits = jnp.zeros((*unit, queries, keys), plan.wide)
     axes = varying_axes([x for x in jax.tree.leaves(call) if hasattr(x, "dtype")])
     known = None
@@ -175,9 +206,10 @@ def prepare(call: Call) -> tuple[Plan, Data, dict[str, Any]]:
         plan = plan._replace(means=(*plan.means, f))
         shared.setdefault("means", []).append(floats)
 
-    by_query, by_key = blocks.visits(mask, plan, call.q_offset)
+    place = blocks.place_of(plan, part, sizes.T, sizes.S)
+    visits = blocks.visits(mask, plan, place, call.q_offset)
     key = None if plan.rate == 0.0 else jax.random.key_data(call.dropout_key)
-    data = Data(mask_consts, score_consts, key, call.q_offset, by_query, by_key, mean_consts)
+    data = Data(mask_consts, score_consts, key, call.q_offset, *visits, place, mean_consts)
     return plan, jax.tree.map(lambda x: vary(x, axes), data), shared
 
 
@@ -219,9 +251,19 @@ def _number(x: Any) -> float | None:
     return float(x) if isinstance(x, int | float | np.number) else None
 
 
-def pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """Pad an axis with zeros to a multiple; an axis of size 1 that broadcasts stays."""
-    more = -x.shape[axis] % multiple
+def pad(x: jax.Array, axis: int, multiple: int, runs: int = 1) -> jax.Array:
+    """Pad each of an axis's runs with zeros to a multiple; an axis of size 1 that broadcasts
+    stays."""
+    length = x.shape[axis] // runs
+    more = -length % multiple
     if not more or x.shape[axis] == 1:
         return x
-    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+    x = x.reshape(*x.shape[:axis], runs, length, *x.shape[axis + 1 :])
+    x = jnp.pad(x, [(0, more if i == axis + 1 else 0) for i in range(x.ndim)])
+    return x.reshape(*x.shape[:axis], runs * (length + more), *x.shape[axis + 2 :])
+
+
+def unpad(x: jax.Array, T: int, runs: int) -> jax.Array:
+    """Take T queries, axis 3, out of runs that are padded."""
+    x = x.reshape(*x.shape[:3], runs, x.shape[3] // runs, *x.shape[4:])[:, :, :, :, : T // runs]
+    return x.reshape(*x.shape[:3], T, *x.shape[5:])

@@ -1,6 +1,6 @@
 """One call of attention, checked: what every implementation is handed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,9 +66,18 @@ def checked(
     dropout_rate: Any,
     dropout_key: Any,
     observe: Any,
+    whole: Mapping[str, int] | None = None,
 ) -> Call:
-    """Return the call, or raise the ValueError that names what does not fit."""
-    sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, sinks_N)
+    """Return the call, or raise the ValueError that names what does not fit.
+
+    Args:
+      whole: how many times as long an axis of the whole call is, if this is the part of a device.
+    """
+    sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, None if whole else bias_BNTS, sinks_N)
+    if whole:
+        here: dict[str, int] = {letter: sizes.size(letter) for letter in "BTSNKGHE"}
+        fits(Sizes(**here | {"S": sizes.S * whole["S"]}), bias_BNTS=bias_BNTS)
+        sizes = Sizes(**{letter: n * whole.get(letter, 1) for letter, n in here.items()})
     # NumPy arrays take the dtype that JAX would give them: float64 is float32 unless enabled.
     q_BTNH, k_BSKH, v_BSKE, bias_BNTS, sinks_N = (
         jnp.asarray(x) if isinstance(x, np.ndarray) else x

@@ -42,16 +42,16 @@ def rescale(columns: Columns, m, top, r, l) -> Columns:
     return made
 
 
-def add(plan: Plan, data: Data, shared: dict, at: At, masked: bool, columns, s, e, shift, m):
+def add(plan: Plan, data: Data, shared: dict, at: At, holes: bool, columns, s, e, shift, m):
     """Add a block to columns that refer to its maximum; m was the maximum before.
 
-    On a CPU a sum that takes one number a row from each entry costs several times as much as one
-    that takes one number from all: rows are accounted for after it.
+    `holes` says that logits may be -inf. On a CPU a sum that takes one number a row from each entry
+    costs several times as much as one that takes one number from all: rows are accounted for after.
     """
     made = dict(columns)
     total = jnp.sum(e, axis=-1)
     if "entropy" in made:
-        made["entropy"] += _shifted(s, e, shift, total, masked)
+        made["entropy"] += _shifted(s, e, shift, total, holes)
     if "square" in made:
         made["square"] += jnp.sum(e * e, axis=-1)
     if "distance" in made:
@@ -70,7 +70,7 @@ def add(plan: Plan, data: Data, shared: dict, at: At, masked: bool, columns, s, 
 
         def mass(i=i):
             f = _mean_function(plan, data, shared, at, s, i)
-            return jnp.sum(_there(e, e * f, masked), axis=-1)
+            return jnp.sum(_there(e, e * f, holes), axis=-1)
 
         if reaches is None:
             made[_mean(i)] += mass()
@@ -97,7 +97,7 @@ def _first_largest(s):
     return best, jnp.min(jnp.where(top == best[..., None], index, jnp.inf), axis=-1)
 
 
-def _shifted(s, e, shift, total, masked: bool):
+def _shifted(s, e, shift, total, holes: bool):
     """Return Σ e·(s - shift)."""
     some = total > 0.0
     reference = jnp.max(jnp.where(some, shift, -jnp.inf))
@@ -106,11 +106,11 @@ def _shifted(s, e, shift, total, masked: bool):
 
     def by_block():
         gap = s - reference
-        gap = jnp.maximum(gap, -1e30) if masked else gap  # 0 · -inf is NaN
+        gap = jnp.maximum(gap, -1e30) if holes else gap  # 0 · -inf is NaN
         return jnp.sum(e * gap, axis=-1) + (reference - shift) * total
 
     def by_row():
-        return jnp.sum(e * _gap(s, shift[..., None], e, masked), axis=-1)
+        return jnp.sum(e * _gap(s, shift[..., None], e, holes), axis=-1)
 
     return jax.lax.cond(near, by_block, by_row)
 
@@ -141,6 +141,54 @@ def finish(plan: Plan, columns: Columns, l, m) -> Columns:
     return made
 
 
+def none(plan: Plan, row: jax.Array) -> Columns:
+    """Return the statistics of a row without keys, in the shape of `row`."""
+    made = start(plan, row)
+    if "max" in plan.columns:
+        made["max"] = jnp.full_like(row, -jnp.inf)
+    return made
+
+
+def merge(left: Columns, right: Columns, lse_left, lse_right, lse) -> Columns:
+    """Merge the statistics of two parts of the keys; lse is that of all, 0 of rows without any."""
+    made = {
+        name: _share(name, left[name], lse_left, lse) + _share(name, right[name], lse_right, lse)
+        for name in left
+        if name not in ("max", "argmax")
+    }
+    if "max" in left:
+        a, b, i, j = left["max"], right["max"], left["argmax"], right["argmax"]
+        first = jnp.where(a > b, i, jnp.where(b > a, j, jnp.minimum(i, j)))
+        made |= {"max": jnp.maximum(a, b), "argmax": first}
+    return made
+
+
+def gather(columns: Columns, lse_part, lse, axis: str) -> Columns:
+    """Merge the statistics of the parts of the keys that the devices of a mesh axis have."""
+    made = {
+        name: jax.lax.psum(_share(name, x, lse_part, lse), axis)
+        for name, x in columns.items()
+        if name not in ("max", "argmax")
+    }
+    if "max" in columns:
+        best, index = jax.lax.stop_gradient((columns["max"], columns["argmax"]))
+        index = jnp.where(best == jax.lax.pmax(best, axis), index, jnp.inf)
+        first = jax.lax.pmin(index, axis)
+        # The derivative is that of the one device that has this key; of no keys every one has it.
+        best = jax.lax.psum(jnp.where(index == first, columns["max"], 0.0), axis)
+        made |= {"max": best, "argmax": first}
+    return made
+
+
+def _share(name: str, x, lse_part, lse):
+    """Return what a part of the keys, which holds the share w = e^(lse_part - lse), adds to the
+    statistic of all: H = Σ w·(H - log w), Σp² = Σ w²·Σp², E[f] = Σ w·E[f]."""
+    some = lse_part != -jnp.inf
+    gap = jnp.where(some, lse_part - lse, 0.0)
+    w = jnp.where(some, jnp.exp(gap), 0.0)
+    return w * (x - gap) if name == "entropy" else w * w * x if name == "square" else w * x
+
+
 def moved(value: Columns, d: Columns) -> Any:
     """Return what the cotangents of the columns add to D, the row's constant term."""
     more = 0.0
@@ -160,12 +208,12 @@ def sink_slope(d: Columns, p, z, lse) -> Any:
     return more
 
 
-def slope(plan, data, shared, at, masked, rows: Columns, argmax, p, s, lse) -> tuple[Any, Any, Any]:
+def slope(plan, data, shared, at, holes, rows: Columns, argmax, p, s, lse) -> tuple[Any, Any, Any]:
     """Return what the columns' cotangents, `rows` [..., 1], add to the factor of p in ds, what
     they add to ds beside it, and the cotangent of `shared["means"]`; None where nothing."""
     inside, beside, d_means = None, None, None
     if rows.get("entropy") is not None:
-        inside = _sum(inside, -rows["entropy"] * _gap(s, lse, p, masked))
+        inside = _sum(inside, -rows["entropy"] * _gap(s, lse, p, holes))
     if rows.get("square") is not None:
         inside = _sum(inside, 2.0 * rows["square"] * p)
     if rows.get("distance") is not None:
@@ -182,21 +230,21 @@ def slope(plan, data, shared, at, masked, rows: Columns, argmax, p, s, lse) -> t
             jnp.zeros_like(f) if g is None else p * g for f, g in zip(means, wanted, strict=True)
         ]
         # Where nothing attends, what a function answers must not matter, be it NaN.
-        cotangents = [_there(p, c, masked) for c in cotangents]
+        cotangents = [_there(p, c, holes) for c in cotangents]
         for f, g in zip(means, wanted, strict=True):
             if g is not None:
-                inside = _sum(inside, g * _there(p, f, masked))
+                inside = _sum(inside, g * _there(p, f, holes))
         d_means = undo(cotangents)[0]
     if rows.get("max") is not None:
         beside = jnp.where(_keys(at, s) == argmax, rows["max"], 0.0)
     return inside, beside, d_means
 
 
-def push(plan, data, shared, d_shared, at, masked, columns: Columns, argmax, p, ds, s, lse):
+def push(plan, data, shared, d_shared, at, holes, columns: Columns, argmax, p, ds, s, lse):
     """Add a block's part to the columns' tangents: Σ of slope · ds, and of p · df."""
     made = dict(columns)
     if "entropy" in made:
-        made["entropy"] -= jnp.sum(p * _gap(s, lse, p, masked) * ds, axis=-1)
+        made["entropy"] -= jnp.sum(p * _gap(s, lse, p, holes) * ds, axis=-1)
     if "square" in made:
         made["square"] += jnp.sum(2.0 * p * p * ds, axis=-1)
     if "distance" in made:
@@ -211,7 +259,7 @@ def push(plan, data, shared, d_shared, at, masked, columns: Columns, argmax, p, 
 
         means, d_means = jax.jvp(of, (shared["means"],), (d_shared["means"],))
         for i, (f, df) in enumerate(zip(means, d_means, strict=True)):
-            made[_mean(i)] += jnp.sum(_there(p, p * (f * ds + df), masked), axis=-1)
+            made[_mean(i)] += jnp.sum(_there(p, p * (f * ds + df), holes), axis=-1)
     return made
 
 
@@ -243,17 +291,17 @@ def _mean_function(plan: Plan, data: Data, shared: dict, at: At, s, i: int) -> j
     B, K, G = s.shape[:3]
     b, n, t, keys = real_indices(plan, at, (B, K * G, *s.shape[3:]))
     consts = (shared["means"][i], data.means[i])
-    f_BNTS = plan.means[i](consts, b, n, t + data.q_offset, keys).astype(plan.wide)
+    f_BNTS = jnp.asarray(plan.means[i](consts, b, n, t + data.q_offset, keys)).astype(plan.wide)
     return jnp.broadcast_to(f_BNTS, (B, K * G, *s.shape[3:])).reshape(s.shape)
 
 
-def _gap(s, reference, p, masked: bool):
+def _gap(s, reference, p, holes: bool):
     """s - reference, and 0 where 0 · -inf would be NaN."""
-    return _there(p, s - reference, masked)
+    return _there(p, s - reference, holes)
 
 
-def _there(p, x, masked: bool):
-    return jnp.where(p > 0.0, x, 0.0) if masked else x
+def _there(p, x, holes: bool):
+    return jnp.where(p > 0.0, x, 0.0) if holes else x
 
 
 def _distance(data: Data, at: At, s) -> jax.Array:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from jax_attn.kernels import columns, derivative
 from jax_attn.kernels.blocks import (
-    At,
     Data,
     Plan,
     Point,
@@ -22,6 +21,8 @@ from jax_attn.kernels.blocks import (
     cut,
     cut_bias,
     final,
+    find,
+    has_holes,
     kept,
 )
 from jax_attn.kernels.hoist import vary, varying_axes
@@ -31,18 +32,20 @@ from jax_attn.kernels.walk import join, over_units, rows, visit
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def fold(plan: Plan, point: Point, data: Data) -> Value:
     """Return output, lse and columns of every row, float32 or wider."""
-    return _forward(plan, point, data)
+    return forward(plan, point, data)
 
 
 @fold.defjvp
 def _fold_jvp(plan, primals, tangents):
     point, data = primals
     value = fold(plan, point, data)
-    rules = derivative.Rules(partial(_push, plan), partial(_pull, plan))
+    rules = derivative.Rules(partial(push, plan), partial(_pull, plan))
     return value, derivative.push(rules, point, value, data, tangents[0])
 
 
-def _forward(plan: Plan, point: Point, data: Data) -> Value:
+def forward(plan: Plan, point: Point, data: Data) -> Value:
+    """Return what a part of the keys makes of every row."""
+
     def unit(b, k, point):
         B, K, G, T = point.q_BKGTH.shape[:4]
         bound = point.k_BKSH.shape[2] // plan.keys
@@ -57,14 +60,15 @@ def _forward(plan: Plan, point: Point, data: Data) -> Value:
             def step(masked, at, carry):
                 m_BKGT, l_BKGT, o_BKGTE, seen = carry
                 j = data.by_query.order[i, at]
-                at = At(b, k * G, i * plan.queries, j * plan.keys)
-                k_BKSH = cut(point.k_BKSH, at.s, plan.keys, 2)
-                v_BKSE = cut(point.v_BKSE, at.s, plan.keys, 2)
+                at, first = find(data, b, k * G, i, j), j * plan.keys
+                k_BKSH = cut(point.k_BKSH, first, plan.keys, 2)
+                v_BKSE = cut(point.v_BKSE, first, plan.keys, 2)
                 s_BKGTS = jnp.einsum(
                     "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=plan.wide
                 )
                 s_BNTS = s_BKGTS.reshape(B, K * G, *s_BKGTS.shape[3:])
-                bias_BNTS = cut_bias(plan, point.bias_BNTS, at, (B, K * G))
+                of_bias = (b, k * G, i * plan.queries, at.s)
+                bias_BNTS = cut_bias(plan, point.bias_BNTS, of_bias, (B, K * G))
                 s_BNTS = final(plan, data, at, masked, s_BNTS, bias_BNTS, point.shared)
                 s_BKGTS = s_BNTS.reshape(s_BKGTS.shape)
                 top_BKGT = jnp.maximum(m_BKGT, jnp.max(s_BKGTS, axis=-1))
@@ -72,8 +76,9 @@ def _forward(plan: Plan, point: Point, data: Data) -> Value:
                 r_BKGT = jnp.exp(m_BKGT - shift_BKGT)
                 e_BKGTS = jnp.exp(s_BKGTS - shift_BKGT[..., None])
                 seen = columns.rescale(seen, m_BKGT, shift_BKGT, r_BKGT, l_BKGT)
+                holes = has_holes(plan, masked, bias_BNTS)
                 seen = columns.add(
-                    plan, data, point.shared, at, masked, seen, s_BKGTS, e_BKGTS, shift_BKGT, m_BKGT
+                    plan, data, point.shared, at, holes, seen, s_BKGTS, e_BKGTS, shift_BKGT, m_BKGT
                 )
                 l_BKGT = l_BKGT * r_BKGT + jnp.sum(e_BKGTS, axis=-1)
                 if plan.rate > 0.0:
@@ -115,24 +120,19 @@ def _forward(plan: Plan, point: Point, data: Data) -> Value:
 
 
 def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversible: bool) -> Point:
-    """Return the cotangent of the point for that of the value.
+    made = pull(plan, point, value, data, d, reversible)
+    return jax.tree.map(lambda made, x: made.astype(x.dtype), made, point)
+
+
+def pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversible: bool) -> Point:
+    """Return the cotangent of the point for that of the value, float32 or wider.
 
     With D = Σ do·o - dlse: ds = p·(dP - D), and from ds those of q, k, bias, scale and the score.
-    `columns` says what statistics add.
+    `columns` says what statistics add. The keys may be a part of those that the value is of.
     """
-    do_BKGTE, dlse_BKGT = (
-        jnp.zeros_like(x) if dx is None else dx for x, dx in zip(value[:2], d[:2], strict=True)
-    )
-    d_seen = {name: x for name, x in d.seen_BKGT.items() if x is not None}
-    delta_BKGT = jnp.sum(do_BKGTE * value.o_BKGTE, axis=-1) - dlse_BKGT
-    delta_BKGT = delta_BKGT + columns.moved(value.seen_BKGT, d_seen)
+    do_BKGTE, delta_BKGT, d_seen = _cotangents(value, d)
     lse_BKGT = _no_row_of_nothing(value.lse_BKGT)
-    d_sinks_KG = None
-    if point.sinks_KG is not None:
-        z_BKGT = point.sinks_KG.astype(plan.wide)[None, :, :, None]
-        p_BKGT = jnp.exp(z_BKGT - lse_BKGT)
-        slope_BKGT = columns.sink_slope(d_seen, p_BKGT, z_BKGT, lse_BKGT) - delta_BKGT
-        d_sinks_KG = jnp.sum(p_BKGT * slope_BKGT, axis=(0, 3)).astype(point.sinks_KG.dtype)
+    d_sinks_KG = None if point.sinks_KG is None else pull_sinks(plan, point.sinks_KG, value, d)
 
     def unit(carry, at, parts):
         point, lse_BKGT, delta_BKGT, do_BKGTE, d_seen, argmax_BKGT = parts
@@ -147,13 +147,14 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
             def step(masked, at, carry):
                 d_shared, d_bias_BNTS, dq_BKGTH, dk_BKHS, dv_BKES = carry
                 i = data.by_key.order[j, at]
-                at = At(b, k * G, i * plan.queries, j * plan.keys)
-                q_BKGTH = cut(point.q_BKGTH, at.t, plan.queries, 3)
-                out_BKGTE = cut(do_BKGTE, at.t, plan.queries, 3)
+                at, first = find(data, b, k * G, i, j), i * plan.queries
+                q_BKGTH = cut(point.q_BKGTH, first, plan.queries, 3)
+                out_BKGTE = cut(do_BKGTE, first, plan.queries, 3)
                 s_BKGTS = jnp.einsum(
                     "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=plan.wide
                 )
-                bias_BNTS = cut_bias(plan, point.bias_BNTS, at, (B, K * G))
+                of_bias = (b, k * G, first, at.s)
+                bias_BNTS = cut_bias(plan, point.bias_BNTS, of_bias, (B, K * G))
                 shape = (B, K * G, *s_BKGTS.shape[3:])
                 s_BNTS, undo = jax.vjp(
                     partial(final, plan, data, at, masked),
@@ -161,7 +162,7 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
                     bias_BNTS,
                     point.shared,
                 )
-                lse_row = cut(lse_BKGT, at.t, plan.queries, 3)[..., None]
+                lse_row = cut(lse_BKGT, first, plan.queries, 3)[..., None]
                 p_BKGTS = jnp.exp(s_BNTS.reshape(s_BKGTS.shape) - lse_row)
                 dp_BKGTS = jnp.einsum(
                     "BKGTE,BKSE->BKGTS", out_BKGTE, v_BKSE, preferred_element_type=plan.wide
@@ -172,12 +173,13 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
                     mixed_BKGTS = jnp.where(stays_BKGTS, p_BKGTS / (1.0 - plan.rate), 0.0)
                     dp_BKGTS = jnp.where(stays_BKGTS, dp_BKGTS / (1.0 - plan.rate), 0.0)
                 delta_row, argmax_row, d_seen_row = (
-                    jax.tree.map(lambda x: cut(x, at.t, plan.queries, 3)[..., None], rows)
+                    jax.tree.map(lambda x: cut(x, first, plan.queries, 3)[..., None], rows)
                     for rows in (delta_BKGT, argmax_BKGT, d_seen)
                 )
                 slope_BKGTS = dp_BKGTS - delta_row
                 more_BKGTS, beside_BKGTS, d_means = columns.slope(
-                    *(plan, data, point.shared, at, masked, d_seen_row, argmax_row),
+                    *(plan, data, point.shared, at, has_holes(plan, masked, bias_BNTS)),
+                    *(d_seen_row, argmax_row),
                     *(p_BKGTS, s_BNTS.reshape(s_BKGTS.shape), lse_row),
                 )
                 if more_BKGTS is not None:
@@ -202,9 +204,9 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
                 part_BKGTH = jnp.einsum(
                     "BKGTS,BKSH->BKGTH", ds_BKGTS, k_BKSH, preferred_element_type=plan.wide
                 )
-                dq_BKGTH = add_at(dq_BKGTH, part_BKGTH, (0, 0, 0, at.t, 0))
+                dq_BKGTH = add_at(dq_BKGTH, part_BKGTH, (0, 0, 0, first, 0))
                 if d_bias_BNTS is not None:
-                    d_bias_BNTS = add_at(d_bias_BNTS, d_bias_block, at)
+                    d_bias_BNTS = add_at(d_bias_BNTS, d_bias_block, of_bias)
                 d_shared = jax.tree.map(jnp.add, d_shared, d_shared_block)
                 return d_shared, d_bias_BNTS, dq_BKGTH, dk_BKHS, dv_BKES
 
@@ -231,13 +233,32 @@ def _pull(plan: Plan, point: Point, value: Value, data: Data, d: Value, reversib
     parts = (point, lse_BKGT, delta_BKGT, do_BKGTE.astype(plan.narrow), d_seen, argmax_BKGT)
     (d_shared, d_bias), grads = over_units(plan, parts, unit, carry)
     dq_BKGTH, dk_BKSH, dv_BKSE = grads
-    made = Point(dq_BKGTH, dk_BKSH, dv_BKSE, d_bias, d_sinks_KG, d_shared)
-    return jax.tree.map(lambda made, x: made.astype(x.dtype), made, point)
+    return Point(dq_BKGTH, dk_BKSH, dv_BKSE, d_bias, d_sinks_KG, d_shared)
 
 
-def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversible: bool) -> Value:
+def pull_sinks(plan: Plan, sinks_KG: jax.Array, value: Value, d: Value) -> jax.Array:
+    """Return the cotangent of the sinks for that of the value."""
+    _, delta_BKGT, d_seen = _cotangents(value, d)
+    lse_BKGT = _no_row_of_nothing(value.lse_BKGT)
+    z_BKGT = sinks_KG.astype(plan.wide)[None, :, :, None]
+    p_BKGT = jnp.exp(z_BKGT - lse_BKGT)
+    slope_BKGT = columns.sink_slope(d_seen, p_BKGT, z_BKGT, lse_BKGT) - delta_BKGT
+    return jnp.sum(p_BKGT * slope_BKGT, axis=(0, 3))
+
+
+def _cotangents(value: Value, d: Value) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Return the output's cotangent, D of every row, and what cotangents the columns have."""
+    do_BKGTE, dlse_BKGT = (
+        jnp.zeros_like(x) if dx is None else dx for x, dx in zip(value[:2], d[:2], strict=True)
+    )
+    d_seen = {name: x for name, x in d.seen_BKGT.items() if x is not None}
+    delta_BKGT = jnp.sum(do_BKGTE * value.o_BKGTE, axis=-1) - dlse_BKGT
+    return do_BKGTE, delta_BKGT + columns.moved(value.seen_BKGT, d_seen), d_seen
+
+
+def push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversible: bool) -> Value:
     """Return the tangent of the value for that of the point: dlse = Σ p·ds, do = Σ p·ds·v + p·dv
-    - dlse·o."""
+    - dlse·o. With a part of the keys alone it is their part of the sum."""
     lse_BKGT = _no_row_of_nothing(value.lse_BKGT)
 
     def unit(carry, at, parts):
@@ -258,11 +279,12 @@ def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversib
             def step(masked, at, carry):
                 dlse_BKGT, do_BKGTE, d_seen = carry
                 j = data.by_query.order[i, at]
-                at = At(b, k * G, i * plan.queries, j * plan.keys)
-                k_BKSH, dk_BKSH = (cut(x.k_BKSH, at.s, plan.keys, 2) for x in (point, d))
-                v_BKSE, dv_BKSE = (cut(x.v_BKSE, at.s, plan.keys, 2) for x in (point, d))
+                at, first = find(data, b, k * G, i, j), j * plan.keys
+                k_BKSH, dk_BKSH = (cut(x.k_BKSH, first, plan.keys, 2) for x in (point, d))
+                v_BKSE, dv_BKSE = (cut(x.v_BKSE, first, plan.keys, 2) for x in (point, d))
+                of_bias = (b, k * G, i * plan.queries, at.s)
                 bias_BNTS, d_bias_BNTS = (
-                    cut_bias(plan, x.bias_BNTS, at, (B, K * G)) for x in (point, d)
+                    cut_bias(plan, x.bias_BNTS, of_bias, (B, K * G)) for x in (point, d)
                 )
                 product = partial(jnp.einsum, "BKGTH,BKSH->BKGTS", preferred_element_type=plan.wide)
                 s_BKGTS = product(q_BKGTH, k_BKSH)
@@ -278,7 +300,8 @@ def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversib
                 dp_BKGTS = p_BKGTS * ds_BKGTS
                 dlse_BKGT = dlse_BKGT + jnp.sum(dp_BKGTS, axis=-1)
                 d_seen = columns.push(
-                    *(plan, data, point.shared, d.shared, at, masked, d_seen, argmax_row),
+                    *(plan, data, point.shared, d.shared, at, has_holes(plan, masked, bias_BNTS)),
+                    *(d_seen, argmax_row),
                     *(p_BKGTS, ds_BKGTS, s_BKGTS, lse_row[..., None]),
                 )
                 if plan.rate > 0.0:
@@ -305,13 +328,24 @@ def _push(plan: Plan, point: Point, value: Value, data: Data, d: Point, reversib
 
     parts = (point, d, lse_BKGT, value.seen_BKGT.get("argmax"))
     dlse_BKGT, do_BKGTE, d_seen = over_units(plan, parts, unit, None)[1]
-    if point.sinks_KG is not None:
-        z_BKGT, dz_BKGT = (x.sinks_KG.astype(plan.wide)[None, :, :, None] for x in (point, d))
-        p_BKGT = jnp.exp(z_BKGT - lse_BKGT)
-        dlse_BKGT = dlse_BKGT + p_BKGT * dz_BKGT
-        d_seen = columns.push_sink(d_seen, p_BKGT, z_BKGT, dz_BKGT, lse_BKGT)
     d_seen = columns.pushed(value.seen_BKGT, d_seen, dlse_BKGT)
-    return Value(do_BKGTE - dlse_BKGT[..., None] * value.o_BKGTE, dlse_BKGT, d_seen)
+    made = Value(do_BKGTE - dlse_BKGT[..., None] * value.o_BKGTE, dlse_BKGT, d_seen)
+    if point.sinks_KG is None:
+        return made
+    of_sinks = push_sinks(plan, point.sinks_KG, value, d.sinks_KG)
+    return jax.tree.map(jnp.add, made, of_sinks)
+
+
+def push_sinks(plan: Plan, sinks_KG: jax.Array, value: Value, d_sinks_KG: jax.Array) -> Value:
+    """Return the tangent of the value for that of the sinks."""
+    z_BKGT, dz_BKGT = (x.astype(plan.wide)[None, :, :, None] for x in (sinks_KG, d_sinks_KG))
+    lse_BKGT = _no_row_of_nothing(value.lse_BKGT)
+    p_BKGT = jnp.exp(z_BKGT - lse_BKGT)
+    dlse_BKGT = p_BKGT * dz_BKGT
+    nothing = jax.tree.map(jnp.zeros_like, value.seen_BKGT)
+    d_seen = columns.push_sink(nothing, p_BKGT, z_BKGT, dz_BKGT, lse_BKGT)
+    d_seen = columns.pushed(value.seen_BKGT, d_seen, dlse_BKGT)
+    return Value(-dlse_BKGT[..., None] * value.o_BKGTE, dlse_BKGT, d_seen)
 
 
 def attends_to(plan: Plan, bad_q_BKGT: jax.Array, bad_kv_BKS: jax.Array, data: Data) -> jax.Array:
@@ -328,8 +362,8 @@ def attends_to(plan: Plan, bad_q_BKGT: jax.Array, bad_kv_BKS: jax.Array, data: D
 
             def step(masked, at, hit_BKGT):
                 j = data.by_query.order[i, at]
-                at = At(b, k * G, i * plan.queries, j * plan.keys)
-                bad_keys = cut(bad_kv_BKS, at.s, plan.keys, 2)
+                at = find(data, b, k * G, i, j)
+                bad_keys = cut(bad_kv_BKS, j * plan.keys, plan.keys, 2)
                 bad_BKGTS = bad_keys[:, :, None, None] | bad_row[..., None]
                 if masked:
                     shape = (B, K * G, *bad_BKGTS.shape[3:])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_attn.kernels import blocks, blockwise, chosen, pairs
-from jax_attn.kernels.blocks import At, Data, Plan, Point, cut, cut_bias
+from jax_attn.kernels.blocks import Data, Plan, Point, cut, cut_bias, find
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import vary_together
 from jax_attn.kernels.walk import join, over_units, rows
@@ -69,13 +69,14 @@ def _fold(plan: Plan, point: Point, data: Data, k: int) -> tuple[jax.Array, jax.
             order = jnp.sort(jnp.where(there, visits.order[i], count))
 
             def step(at, best):
-                at = At(b, kv * G, i * plan.queries, order[at] * plan.keys)
-                k_BKSH = cut(point.k_BKSH, at.s, plan.keys, 2)
+                j = order[at]
+                at = find(data, b, kv * G, i, j)
+                k_BKSH = cut(point.k_BKSH, j * plan.keys, plan.keys, 2)
                 s_BKGTS = jnp.einsum(
                     "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=plan.wide
                 )
                 s_BNTS = s_BKGTS.reshape(B, K * G, *s_BKGTS.shape[3:])
-                bias_BNTS = cut_bias(plan, point.bias_BNTS, at, (B, K * G))
+                bias_BNTS = cut_bias(plan, point.bias_BNTS, at[:4], (B, K * G))
                 s_BNTS = blocks.final(plan, data, at, True, s_BNTS, bias_BNTS, point.shared)
                 key = (at.s + jnp.arange(plan.keys)).astype(jnp.int32)
                 key = jnp.broadcast_to(key, s_BKGTS.shape)
@@ -106,7 +107,7 @@ def _weigh(call: Call, logits_BNTk, keys_BNTk, lse_BNT) -> tuple[jax.Array, jax.
     if isinstance(call.scale, int | float | np.number):
         # Queries are scaled first, as in the folds: what is rounded alike cancels, in s - lse.
         call = replace(call, q_BTNH=call.q_BTNH.astype(call.wide) * call.scale, scale=1.0)
-    size = blocks.size_of(z.T, max(GATHERED // k, 1))
+    size = min(blocks.size_of(z.T, max(GATHERED // k, 1)), z.T)
 
     @jax.checkpoint
     def some(first: Any) -> tuple[jax.Array, jax.Array]:

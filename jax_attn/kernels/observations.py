@@ -1,5 +1,6 @@
 """From what an implementation sums up of a row, [B,N,T] each, to the statistics asked for."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from jax_attn.kernels import pairs
 from jax_attn.kernels.call import Call
+from jax_attn.observe import Mean
 
 # Columns of `columns.py` that a statistic is made of.
 _NEEDS = {
@@ -68,10 +70,35 @@ def finish(call: Call, lse_BNT, rows: dict[str, Any], poison_BTN: Any) -> dict[s
     return made
 
 
+def with_masses_as_means(call: Call) -> Call:
+    """Ask for the masses of single keys, which may be on another device, as means of functions."""
+    masses = {"first_mass": Mean(_first, "first_mass"), "self_mass": Mean(_own, "self_mass")}
+    asked = tuple(mean for name, mean in masses.items() if name in call.statistics)
+    statistics = tuple(name for name in call.statistics if name not in masses)
+    return replace(call, statistics=statistics, means=(*call.means, *asked))
+
+
+def in_order(call: Call, seen: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Put statistics into the order in which the call asks for them."""
+    return {name: seen[name] for name in (*call.statistics, *(mean.name for mean in call.means))}
+
+
+def _first(b, n, t, s):
+    return s == 0
+
+
+def _own(b, n, t, s):
+    return s == t
+
+
 def of_nothing(call: Call) -> dict[str, jax.Array]:
-    """Return the statistics of a call whose arrays hold nothing: no keys, or no rows."""
+    """Return the statistics of a call whose arrays hold nothing: no keys but a sink, or no rows."""
     zeros = jnp.zeros(call.sizes["BNT"], call.wide)
     rows = {name: zeros for name in ("entropy", "square", "distance")}
     rows |= {"max": zeros - jnp.inf, "argmax": zeros - 1.0}
     rows |= {f"mean.{i}": zeros for i in range(len(call.means))}
-    return finish(call, zeros - jnp.inf, rows, None)
+    lse_BNT = zeros - jnp.inf
+    if call.sinks_N is not None:
+        lse_BNT = zeros + call.sinks_N.astype(call.wide)[None, :, None]
+        rows["square"] = zeros + 1.0
+    return finish(call, lse_BNT, rows, None)

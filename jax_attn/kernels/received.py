@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_attn.kernels import blockwise, chosen
-from jax_attn.kernels.blocks import At, allowed, cut
+from jax_attn.kernels.blocks import allowed, cut, find
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import vary, vary_together, varying_axes
 from jax_attn.kernels.walk import over_units, rows
@@ -62,11 +62,11 @@ def _reached(call: Call, bad_BTNE: jax.Array) -> jax.Array:
         def column(j):
             def step(at, hit_BK1SE):
                 i = data.by_key.order[j, at]
-                at = At(b, k * G, i * plan.queries, j * plan.keys)
+                at = find(data, b, k * G, i, j)
                 shape = (B, K * G, plan.queries, plan.keys)
                 allowed_BNTS = jnp.broadcast_to(allowed(plan, data, at, shape), shape)
                 allowed_BKGTS = allowed_BNTS.reshape(B, K, G, *shape[2:]).astype(plan.wide)
-                bad_rows_BKGTE = cut(bad_BKGTE, at.t, plan.queries, 3)
+                bad_rows_BKGTE = cut(bad_BKGTE, i * plan.queries, plan.queries, 3)
                 count_BKSE = jnp.einsum("BKGTS,BKGTE->BKSE", allowed_BKGTS, bad_rows_BKGTE)
                 return hit_BK1SE | (count_BKSE > 0.0)[:, :, None]
 

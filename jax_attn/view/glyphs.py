@@ -1,6 +1,8 @@
 """Tokens as they are shown: every character can be seen, none acts."""
 
 import unicodedata
+from collections.abc import Sequence
+from typing import Any
 
 MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 EMPTY = "∅"
@@ -8,6 +10,25 @@ EMPTY = "∅"
 # Controls, direction marks, surrogates, private use, separators: nothing to see, or harm to order.
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zs", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"
+
+
+def check_strings(name: str, tokens: Sequence[Any]) -> list[str]:
+    """Check that tokens are strings.
+
+    Args:
+      name, tokens: the argument.
+    Returns: the tokens.
+    Raises: ValueError naming the argument and the first that is none.
+    Example:
+      >>> check_strings("tokens", ("the", " cat"))
+      ['the', ' cat']
+    """
+    for i, token in enumerate(tokens):
+        if not isinstance(token, str):
+            raise ValueError(
+                f"{name}[{i}] must be a str, got {type(token).__name__}; decode tokens one by one"
+            )
+    return list(tokens)
 
 
 def visible(token: str) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 
 from jax_attn.view import paper
 from jax_attn.view.colors import ramp
-from jax_attn.view.glyphs import visible
-from jax_attn.view.maps import Maps, largest_in_blocks, open_maps
+from jax_attn.view.glyphs import check_strings, visible
+from jax_attn.view.maps import Maps, check_statistic, largest_in_blocks, open_maps
 from jax_attn.view.summary import label
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def plot_heads(
         `attention_html`.
       path: where to save it; the ending says the format. None only returns it.
       heads: (layer, head) pairs in the order to show them; None shows all, a row for each layer.
-      tokens: the text of each query, beside the first column, where there is room.
+      tokens: the text of each query, beside the first column, where there is room, in Matplotlib's
+        own fonts, which lack Chinese, Japanese and Korean; set `font.family` for those.
       key_tokens: the text of each key, above the first row; left out, `tokens` if T = S.
       statistics: name -> [L,N], a line each above its panel.
       limit: the weight that gets the last colour; larger ones get it too.
@@ -167,20 +168,16 @@ def _chosen(heads: Sequence[tuple[int, int]] | None, maps: Maps) -> list[tuple[i
     if not len(heads):
         raise ValueError("heads is empty; name one (layer, head) pair at least")
     for pair in heads:
-        if len(pair) != 2 or not (0 <= pair[0] < maps.L and 0 <= pair[1] < maps.N):
-            raise ValueError(f"heads: {tuple(pair)} is no (layer, head) of L={maps.L}, N={maps.N}")
+        ints = np.shape(pair) == (2,) and np.asarray(pair).dtype.kind in "iu"
+        if not ints or not (0 <= pair[0] < maps.L and 0 <= pair[1] < maps.N):
+            raise ValueError(f"heads: {pair!r} is no (layer, head) of L={maps.L}, N={maps.N}")
     return [(int(layer), int(head)) for layer, head in heads]
 
 
 def _values(statistics: Mapping[str, Any] | None, maps: Maps) -> list[tuple[str, str, np.ndarray]]:
     made = []
     for name, values_LN in (statistics or {}).items():
-        array = np.asarray(values_LN, np.float64)
-        if array.shape != (maps.L, maps.N):
-            raise ValueError(
-                f"statistics: {name!r} must be [L, N] = ({maps.L}, {maps.N}), one number for each "
-                f"head, got {array.shape}"
-            )
+        array = check_statistic(name, values_LN, maps)
         made.append((label(name).title, label(name).unit, array))
     return made
 
@@ -199,7 +196,7 @@ def _token_labels(
             raise ValueError(
                 f"{name} has {letter}={len(given)} but weights_LNTS has {letter}={size}"
             )
-        texts = [visible(token) for token in given or ()]
+        texts = [visible(token) for token in check_strings(name, given or ())]
         made.append(
             [t if len(t) <= _LONGEST_TOKEN else f"{t[: _LONGEST_TOKEN - 1]}…" for t in texts]
         )

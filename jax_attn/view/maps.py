@@ -117,6 +117,27 @@ def _fault(weights_S: np.ndarray) -> str:
     return f"sums to {weights_S.sum(dtype=np.float64):.6g}, more than 1"
 
 
+def check_statistic(name: str, values_LN: Any, maps: Maps) -> np.ndarray:
+    """Check that there is a number for each head.
+
+    Args:
+      name, values_LN: a statistic, [L,N].
+      maps: the heads.
+    Returns: the numbers, float64.
+    Raises: ValueError naming the statistic and both shapes.
+    Example:
+      >>> check_statistic("entropy", [[1, 2]], open_maps(np.eye(3)[None, None].repeat(2, 1)))
+      array([[1., 2.]])
+    """
+    array = np.asarray(values_LN, np.float64)
+    if array.shape != (maps.L, maps.N):
+        raise ValueError(
+            f"statistics: {name!r} must be [L, N] = ({maps.L}, {maps.N}), one number for each "
+            f"head, got {array.shape}"
+        )
+    return array
+
+
 def largest_in_blocks(weights_TS: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Shrink a map without losing thin lines: each block is shown by its largest weight.
 

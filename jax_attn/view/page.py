@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jax_attn.view.colors import ramp
-from jax_attn.view.glyphs import visible
-from jax_attn.view.maps import Maps, largest_in_blocks, open_maps
+from jax_attn.view.glyphs import check_strings, visible
+from jax_attn.view.maps import Maps, check_statistic, largest_in_blocks, open_maps
 from jax_attn.view.packing import POWER, deflate, error, pack_map
 from jax_attn.view.summary import full_name, label, summarize_map
 
@@ -88,10 +88,17 @@ def attention_html(
         _check_tokens(len(queries), len(keys), key_tokens is None, *weights_LNTS.shape[2:])
     if q_offset is None and key_tokens is None:
         q_offset = 0
-    given = {
-        full_name(name): _check_statistic(name, values_LN, maps)
-        for name, values_LN in (statistics or {}).items()
-    }
+    given: dict[str, np.ndarray] = {}
+    for name, values_LN in (statistics or {}).items():
+        if full_name(name) in given:
+            raise ValueError(f"statistics: {name!r} and {full_name(name)!r} are one; leave one out")
+        given[full_name(name)] = check_statistic(name, values_LN, maps)
+    if not isinstance(title, str):
+        raise ValueError(f"title must be a str, got {title!r}")
+    if not isinstance(q_offset, int | np.integer | None):
+        raise ValueError(f"q_offset must be an int or None, got {q_offset!r}")
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be that of a file, got {path!r}")
     path = pathlib.Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: the folder {str(path.parent)!r} does not exist; make it")
@@ -112,7 +119,7 @@ def attention_html(
     texts = {
         "title": html.escape(title),
         "bits": str(bits),
-        "error": f"{100 * error(bits):.1g}",
+        "error": _at_most(100 * error(bits)),
         "style": _resource("page.css"),
         "script": "".join(_resource(name) for name in _SCRIPTS),
     }
@@ -184,11 +191,7 @@ def _write_maps(
 
 def _shown(name: str, tokens: Sequence[str]) -> list[str]:
     shown = []
-    for i, token in enumerate(tokens):
-        if not isinstance(token, str):
-            raise ValueError(
-                f"{name}[{i}] must be a str, got {type(token).__name__}; decode tokens one by one"
-            )
+    for token in check_strings(name, tokens):
         text = visible(token)
         shown.append(text if len(text) <= _LONGEST_TOKEN else f"{text[: _LONGEST_TOKEN - 1]}…")
     if not shown:
@@ -205,14 +208,10 @@ def _check_tokens(queries: int, keys: int, same: bool, T: int, S: int) -> None:
         raise ValueError(f"key_tokens has S={keys} but weights_LNTS has S={S}; one for each key")
 
 
-def _check_statistic(name: str, values_LN: Any, maps: Maps) -> np.ndarray:
-    array = np.asarray(values_LN, np.float64)
-    if array.shape != (maps.L, maps.N):
-        raise ValueError(
-            f"statistics: {name!r} must be [L, N] = ({maps.L}, {maps.N}), one number for each "
-            f"head, got {array.shape}"
-        )
-    return array
+def _at_most(bound: float) -> str:
+    """Write a bound with one digit, rounded up."""
+    digit = 10.0 ** math.floor(math.log10(bound))
+    return f"{math.ceil(bound / digit) * digit:.1g}"
 
 
 def _template() -> list[tuple[str, str]]:

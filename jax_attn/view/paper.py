@@ -4,6 +4,8 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 # Importing Matplotlib takes half a second, so it waits until a picture is made.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +31,8 @@ def positive(name: str, size: Any) -> float:
       >>> positive("width", 3)
       3.0
     """
-    if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < float("inf"):
+    number = isinstance(size, int | float | np.number) and not isinstance(size, bool)
+    if not number or not 0 < size < float("inf"):
         raise ValueError(f"{name} must be a number above 0, got {size!r}")
     return float(size)
 

@@ -80,7 +80,10 @@ def plot_statistic_over_training(
         ax.set_xlabel("step", fontsize=paper.LABEL_SIZE)
         ax.yaxis.label.set_parse_math(False)
         ax.tick_params(labelsize=paper.SMALL_SIZE, length=2.5, width=0.6)
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if len(steps) > 1:
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        else:
+            ax.set_xticks(steps)
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         if len(steps) > 1:
             ax.set_xlim(steps[0], steps[-1])
@@ -139,7 +142,7 @@ def _checked(
             f"history needs 'steps', it has {', '.join(map(repr, history)) or 'nothing'}"
         )
     steps = np.asarray(history["steps"], np.float64)
-    if steps.ndim != 1 or not len(steps) or (np.diff(steps) <= 0).any():
+    if steps.ndim != 1 or not len(steps) or not (np.diff(steps, prepend=-np.inf) > 0).all():
         raise ValueError(
             f"history: 'steps' must be rising numbers [steps], got shape {steps.shape}"
         )
@@ -151,6 +154,11 @@ def _checked(
         if name not in history:
             raise ValueError(
                 f"statistics: {name!r} is not in history, which has {', '.join(map(repr, history))}"
+            )
+        if isinstance(history[name], Mapping):
+            raise ValueError(
+                f"history: {name!r} holds {', '.join(map(repr, history[name]))}; take one of them, "
+                f"an array [steps, L, N]"
             )
         array = np.asarray(history[name], np.float64)
         if array.ndim != 3 or len(array) != len(steps):
