@@ -18,6 +18,7 @@ from jax_attn.alibi import alibi, alibi_slopes
 from jax_attn.attention import attention, init_attention, project_qkv
 from jax_attn.block import block, init_block, init_stack, stack
 from jax_attn.bootstrap import Processes, bootstrap
+from jax_attn.context import context_attention, zigzag_order
 from jax_attn.data_parallel import data_parallel
 from jax_attn.decode import extend, generate, init_cache, sample
 from jax_attn.dispatch import Explanation, explain, strict
@@ -79,6 +80,7 @@ __all__ = [
     "causal",
     "check_leaves",
     "chunks",
+    "context_attention",
     "control",
     "count",
     "data",
@@ -139,4 +141,5 @@ __all__ = [
     "whole_width",
     "window",
     "window_mass",
+    "zigzag_order",
 ]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_attn.context import attend, positions
 from jax_attn.dot_product import dot_product_attention
 from jax_attn.intervene import Edit, apply, edits_of
 from jax_attn.kernels.call import Score, check_mask, check_sizes
@@ -164,6 +165,7 @@ def attention(
     keep: tuple[str, ...] = (),
     intervene: Edit | tuple[Edit, ...] | None = None,
     implementation: str | None = None,
+    context: str | None = None,
 ) -> Any:
     """Mix tokens by scores derived from them, and hand on the result: an output, not weights.
 
@@ -187,6 +189,10 @@ def attention(
       reduce: function of what is observed, applied on the spot, e.g. `head_summary`.
       keep: which of "q_BTNH", "k_BSKH", "v_BSKE" (as the scores see them, after RoPE) and "o_BTNE"
         (the heads' outputs, edits made) to return as well.
+      context: "ring", "zigzag", "all_to_all" or "split_kv", for tokens that are split over the mesh
+        axis "context": inside `jax.shard_map` x is a device's part, under `jax.set_mesh` the whole.
+        RoPE turns by positions in the sequence. See `context_attention`; it runs in blocks, so no
+        implementation can be named, and it takes neither cache nor edits.
       intervene: edits of chosen heads from `jax_attn.intervene`; of two edits of a head the last
         holds. What is observed is the attention that was computed, without them.
     Returns: y_BTD; with a cache, `observe` or `keep` (y_BTD, aux), aux holding of "cache", "seen"
@@ -210,6 +216,16 @@ def attention(
     if not isinstance(keep, tuple | list) or not all(name in KEPT for name in keep):
         raise ValueError(f"keep must be a tuple of {', '.join(KEPT)}, got {keep!r}")
     edits = edits_of(intervene)
+    if context is not None:
+        for name, given in (
+            ("cache", cache is not None),
+            ("intervene", bool(edits)),
+            ("implementation", implementation is not None),
+        ):
+            if given:
+                raise ValueError(f"context={context!r} does not go with {name}; leave one out")
+        if rope is not None and position_BT is None:
+            position_BT = positions(context, x_BTD.shape[1])[None] + q_offset
     with jax.named_scope("attention"):
         q_BTNH, k_BSKH, v_BSKE = project_qkv(
             params, x_BTD, kv_BSD, rope=rope, position_BT=position_BT, q_offset=q_offset
@@ -238,9 +254,15 @@ def attention(
             "dropout_key": dropout_key,
         }
         asked = () if observe is None else observe
-        o_BTNE, seen = dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKE, mask=mask, observe=asked, **scored
-        )
+        if context is None:
+            o_BTNE, seen = dot_product_attention(
+                q_BTNH, k_BSKH, v_BSKE, mask=mask, observe=asked, **scored
+            )
+        else:
+            del scored["implementation"]
+            o_BTNE, seen = attend(
+                q_BTNH, k_BSKH, v_BSKE, context=context, mask=mask, observe=asked, **scored
+            )
         if edits:
             sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, None)
             own = check_mask(mask, sizes)
