@@ -1,18 +1,16 @@
 """Attention over a sequence that is split over the devices of a mesh axis."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from jax_attn.kernels import exchange, ring, split_kv
+from jax_attn.kernels import exchange, ring, split_kv, spread
 from jax_attn.kernels.call import Call, Score, checked
+from jax_attn.kernels.spread import CONTEXT
 from jax_attn.mask_types import Mask
 from jax_attn.observe import Mean
-from jax_attn.shapes import axes
 
 CONTEXTS = ("ring", "zigzag", "all_to_all", "split_kv")
 
@@ -63,8 +61,7 @@ def context_attention(
       same on every device.
     Raises: ValueError naming the argument, the axis letter and both sizes.
     Example:
-      >>> from functools import partial
-      >>> from jax.sharding import PartitionSpec as P
+      >>>       >>> from jax.sharding import PartitionSpec as P
       >>> from jax_attn import causal
       >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> ring = partial(context_attention, context="ring", mask=causal())
@@ -76,7 +73,6 @@ def context_attention(
       (1, 4, 2, 3)
     """
     size = _axis_size(context, axis)
-    many = {"T": 1 if context == "split_kv" else size, "S": size}
     call = checked(
         q_BTNH,
         k_BSKH,
@@ -91,7 +87,7 @@ def context_attention(
         dropout_rate,
         dropout_key,
         observe,
-        many,
+        _many(context, size),
     )
     made = attend_part(call, context, axis, (0, 0))
     return made[0] if observe is None else made
@@ -140,78 +136,50 @@ def attend(
     its own over whole arrays.
 
     Args: as in `context_attention`; whole arrays are split by B over the mesh axes "data" and
-      "fsdp", by T and S over "context", by N and K over "model".
+      "fsdp", by T and S over "context", by N and K over "model", as far as the mesh has them.
     Returns: (out_BTNE, seen).
     Raises: ValueError without the mesh axis "context", or naming a letter that a mesh axis does not
       divide.
     """
-    mesh = None if _inside() else jax.sharding.get_abstract_mesh()
-    many = {"B": 1, "N": 1}
-    if mesh is not None:
-        if "context" not in mesh.axis_names:
-            raise ValueError(
-                f"context={context!r} needs the mesh axis 'context': call under jax.set_mesh(mesh) "
-                f"with such a mesh, or inside jax.shard_map over it"
-            )
-        many = {"B": mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)}
-        many["N"] = mesh.shape.get("model", 1)
-    batch = tuple(name for name in ("data", "fsdp") if mesh and name in mesh.axis_names)
-    heads = "model" if mesh and "model" in mesh.axis_names else None
-    arrays = {"q_BTNH": q_BTNH, "k_BSKH": k_BSKH, "v_BSKE": v_BSKE}
-    arrays |= {"bias_BNTS": bias_BNTS, "sinks_N": sinks_N}
-    arrays = {name: x for name, x in arrays.items() if x is not None}
-
-    def part(arrays: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        size = _axis_size(context, "context")
-        call = checked(
-            arrays["q_BTNH"],
-            arrays["k_BSKH"],
-            arrays["v_BSKE"],
-            mask,
-            arrays.get("bias_BNTS"),
-            score,
-            scale,
-            softcap,
-            arrays.get("sinks_N"),
-            q_offset,
-            dropout_rate,
-            dropout_key,
-            observe,
-            {
-                **many,
-                "K": many["N"],
-                "T": 1 if context == "split_kv" else size,
-                "S": size,
-            },
+    inside = _inside()
+    if not inside and CONTEXT not in jax.sharding.get_abstract_mesh().axis_names:
+        raise ValueError(
+            f"context={context!r} needs the mesh axis 'context': call under jax.set_mesh(mesh) "
+            f"with such a mesh, or inside jax.shard_map over it"
         )
-        b = jax.lax.axis_index(batch) * call.sizes.B if batch else 0
-        n = jax.lax.axis_index(heads) * call.sizes.N if heads else 0
-        return attend_part(call, context, "context", (b, n))
+    size = _axis_size(context, CONTEXT) if inside else 1
+    call = checked(
+        q_BTNH,
+        k_BSKH,
+        v_BSKE,
+        mask,
+        bias_BNTS,
+        score,
+        scale,
+        softcap,
+        sinks_N,
+        q_offset,
+        dropout_rate,
+        dropout_key,
+        observe,
+        _many(context, size) if inside else None,
+    )
+    if inside:
+        return attend_part(call, context, CONTEXT, (0, 0))
+    queries = None if context == "split_kv" else CONTEXT
 
-    if mesh is None:
-        return part(arrays)
-    queries = None if context == "split_kv" else "context"
-    rules = {"B": batch, "N": heads, "K": heads, "T": queries, "S": "context"}
-    specs = {}
-    for name, x in arrays.items():
-        letters = axes(name)
-        mapped = [
-            None if x.shape[i] == 1 and name == "bias_BNTS" else rules.get(letter)
-            for i, letter in enumerate(letters)
-        ]
-        if name == "bias_BNTS":
-            mapped[3] = None
-        specs[name] = PartitionSpec(*mapped)
-        for letter, size, on in zip(letters, x.shape, mapped, strict=True):
-            names = (on,) if isinstance(on, str) else on or ()
-            devices = math.prod(mesh.shape[one] for one in names)
-            if size % devices:
-                raise ValueError(
-                    f"{name} has {letter}={size}, which the {devices} devices of the mesh axes "
-                    f"{', '.join(map(repr, names))} do not divide"
-                )
-    out = PartitionSpec(batch, queries, heads)
-    return jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=out)(arrays)
+    name = spread.closes_over(call)
+    if name is not None:
+        raise ValueError(
+            f"{name} closes over traced arrays, which cannot enter the shard_map of "
+            f"context={context!r}: make it a class registered as a pytree that holds them, or call "
+            f"inside jax.shard_map"
+        )
+
+    def run(call: Call, first: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return attend_part(call, context, CONTEXT, first)
+
+    return spread.attend(call, run, queries=queries, keys=CONTEXT)
 
 
 def positions(context: str, T: int) -> jax.Array:
@@ -219,12 +187,10 @@ def positions(context: str, T: int) -> jax.Array:
     else of the whole sequence in its layout."""
     inside, zigzag = _inside(), context == "zigzag"
     if zigzag and not inside:
-        return jnp.asarray(
-            zigzag_order(T, jax.sharding.get_abstract_mesh().shape.get("context", 1))
-        )
+        return jnp.asarray(zigzag_order(T, jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1)))
     if not inside or context == "split_kv":
         return jnp.arange(T, dtype=jnp.int32)
-    me, size = jax.lax.axis_index("context"), jax.lax.axis_size("context")
+    me, size = jax.lax.axis_index(CONTEXT), jax.lax.axis_size(CONTEXT)
     starts = ring.runs(me, size, T, zigzag)
     run = jnp.arange(T // len(starts))
     return (starts[:, None] + run[None]).reshape(-1).astype(jnp.int32)
@@ -250,10 +216,15 @@ def zigzag_order(T: int, devices: int) -> np.ndarray:
     return np.stack([runs[:devices], runs[devices:][::-1]], axis=1).reshape(T)
 
 
+def _many(context: str, size: int) -> dict[str, int]:
+    """Say how many times as long the sequence is as a device's part."""
+    return {"T": 1 if context == "split_kv" else size, "S": size}
+
+
 def _inside() -> bool:
     """Say whether this is inside a `jax.shard_map` over the mesh axis "context"."""
     try:
-        jax.lax.axis_size("context")
+        jax.lax.axis_size(CONTEXT)
     except NameError:
         return False
     return True

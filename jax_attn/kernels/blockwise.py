@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.kernels import blocks, dense, folds, observations
+from jax_attn.kernels import blocks, dense, folds, observations, spread
 from jax_attn.kernels.blocks import At, Data, Part, Plan, Point, Value
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import hoist, vary, vary_together, varying_axes
@@ -36,6 +36,13 @@ def attend(call: Call, part: Part | None = None) -> tuple[jax.Array, dict[str, j
     if 0 in call.sizes["BTSN"]:
         out_BTNE = jnp.zeros(call.sizes["BTNE"], call.v_BSKE.dtype)
         return out_BTNE, observations.of_nothing(call)
+    if part is None and spread.splits(call):
+
+        def run(call: Call, first: tuple[Any, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            zero, (b, n) = jnp.zeros(1, jnp.int32), map(jnp.int32, first)
+            return attend(call, Part(call.sizes.T, call.sizes.S, b, n, zero, zero))
+
+        return spread.attend(call, run, queries=None, keys=None)
     asked, call = call, call if part is None else observations.with_masses_as_means(call)
     o_BTNE, lse_BNT, rows = attend_with_lse(call, part)
     out_BTNE = o_BTNE.astype(call.v_BSKE.dtype)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.kernels import blockwise, derivative, fused, observations
+from jax_attn.kernels import blockwise, derivative, fused, observations, spread
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import vary, vary_together, varying_axes
 from jax_attn.kernels.processor import processor
@@ -37,6 +37,8 @@ def refuses(call: Call) -> str | None:
     reason = fused.refuses_options(call, takes=("softcap", "sinks_N", "observe"))
     if reason is not None:
         return reason
+    if spread.splits(call):
+        return "runs on one device, and jax.set_mesh has set several"
     masks = _conjuncts(call.mask)
     known = Window | Prefix | Chunks | Lengths | Segments
     if not all(isinstance(mask, known) for mask in masks):
