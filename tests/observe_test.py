@@ -97,20 +97,20 @@ def test_attention_reports_what_the_scores_do(cross: bool) -> None:
 def test_argmax_is_the_first_of_the_largest_keys(S: int) -> None:
     """Small integers tie often, within a row's parts and across them; the rows see 0 to S keys."""
     rng = np.random.default_rng(0)
-    q_BTNH, k_BSKH = (jnp.asarray(rng.integers(-1, 2, (B, S, N, 2)), jnp.float32) for _ in range(2))
-    s_BTNS = np.einsum("BTNH,BSNH->BTNS", q_BTNH, k_BSKH) / np.sqrt(np.float32(2.0))
+    q_BTNH, k_BSNH = (jnp.asarray(rng.integers(-1, 2, (B, S, N, 2)), jnp.float32) for _ in range(2))
+    s_BTNS = np.einsum("BTNH,BSNH->BTNS", q_BTNH, k_BSNH) / np.sqrt(np.float32(2.0))
     before = np.tri(S, k=-1, dtype=bool)
     want = np.where(before[None, :, None], s_BTNS, -np.inf).argmax(-1)
     want[:, 0] = -1
 
     @partial(jit, static_argnums=2)
-    def run(q_BTNH, k_BSKH, implementation):
+    def run(q_BTNH, k_BSNH, implementation):
         options: Any = {"observe": ("argmax_key",), "implementation": implementation}
         mask = causal() & where(lambda b, n, t, s: t != s)
-        return dot_product_attention(q_BTNH, k_BSKH, k_BSKH, mask=mask, **options)[1]
+        return dot_product_attention(q_BTNH, k_BSNH, k_BSNH, mask=mask, **options)[1]
 
     for implementation in ("blockwise", "dense"):
-        got = run(q_BTNH, k_BSKH, implementation)["argmax_key"]
+        got = run(q_BTNH, k_BSNH, implementation)["argmax_key"]
         np.testing.assert_array_equal(got, want, err_msg=implementation)
 
 

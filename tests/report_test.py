@@ -123,7 +123,9 @@ def test_several_runs_share_one_display_on_a_terminal() -> None:
 
 
 RUN = """
-import fcntl, pathlib, sys, termios, time
+import fcntl, pathlib, signal, sys, termios, time
+# A test run in the background ignores Ctrl-C, and what it starts would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.stderr.isatty():
     fcntl.ioctl(2, termios.TIOCSCTTY, 0)  # so that Ctrl-C on this terminal reaches this process
 import numpy as np
