@@ -61,7 +61,8 @@ def context_attention(
       same on every device.
     Raises: ValueError naming the argument, the axis letter and both sizes.
     Example:
-      >>>       >>> from jax.sharding import PartitionSpec as P
+      >>> from functools import partial
+      >>> from jax.sharding import PartitionSpec as P
       >>> from jax_attn import causal
       >>> mesh = jax.make_mesh((1,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> ring = partial(context_attention, context="ring", mask=causal())

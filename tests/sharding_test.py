@@ -254,11 +254,13 @@ def test_whole_width_does_nothing_without_a_mesh() -> None:
     assert a.whole_width("BTD", x_BTD) is x_BTD
 
 
-def test_the_readme_example_runs() -> None:
+def test_the_readme_examples_run() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     section = readme.partition("## Shard\n")[2].partition("\n## ")[0]
-    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     variables: dict[str, Any] = {}
-    with jax.numpy_rank_promotion("allow"):  # as it runs for a user
-        exec(example, variables)
+    for example in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        with jax.numpy_rank_promotion("allow"):  # as it runs for a user
+            exec(example, variables)
     assert int(variables["state"].step) == 2
+    assert variables["out_BTNE"].sharding.spec == jax.P(None, "context")
+    assert variables["seen"]["entropy"].shape == (1, 512, 4)
