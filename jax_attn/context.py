@@ -209,9 +209,12 @@ def zigzag_order(T: int, devices: int) -> np.ndarray:
       >>> zigzag_order(8, 2).tolist()
       [0, 1, 6, 7, 2, 3, 4, 5]
     """
-    if not isinstance(devices, int) or devices < 1 or T % (2 * devices):
+    for name, value in (("T", T), ("devices", devices)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"zigzag_order: {name} must be an int >= 1, got {value!r}")
+    if T % (2 * devices):
         raise ValueError(
-            f"zigzag_order: 2 * devices = 2 * {devices!r} must divide T={T}; pad the sequence"
+            f"zigzag_order: 2 * devices = {2 * devices} must divide T={T}; pad the sequence"
         )
     runs = np.arange(T, dtype=np.int32).reshape(2 * devices, -1)
     return np.stack([runs[:devices], runs[devices:][::-1]], axis=1).reshape(T)

@@ -23,7 +23,7 @@ _PLAIN_LINES = 19
 @contextlib.contextmanager
 def jsonl(
     path: str | os.PathLike[str] | None, tags: Mapping[str, Any] | None = None
-) -> Iterator[Callable[[Row], None]]:
+) -> Iterator[Callable[..., None]]:
     """Append rows of metrics to a JSONL file: one JSON object a line, flushed at once.
 
     What the file holds is kept. JSON has no NaN: non-finite numbers become the strings `"nan"`,
@@ -32,7 +32,8 @@ def jsonl(
     Args:
       path: the file; its directory is made. None writes nothing.
       tags: constants that open every line.
-    Returns: a context manager that yields `write(row)`.
+    Returns: a context manager that yields `write(row, again=False)`. With `again` a row is written
+      unless the last call, of the same row, got as far as writing it before it was interrupted.
     Raises: OSError naming the file, before the first row.
     Example:
       >>> import tempfile
@@ -43,7 +44,7 @@ def jsonl(
       {"step": 3, "loss": "nan"}
     """
     if path is None:
-        yield lambda row: None
+        yield lambda row, again=False: None
         return
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
@@ -51,10 +52,16 @@ def jsonl(
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")
 
-        def write(row: Row) -> None:
+        tried: tuple[bytes, int] | None = None
+
+        def write(row: Row, again: bool = False) -> None:
+            nonlocal tried
             tagged = {**(tags or {}), **row}
-            line = json.dumps({name: _json_value(v) for name, v in tagged.items()}, allow_nan=False)
-            file.write(line.encode() + b"\n")
+            text = json.dumps({name: _json_value(v) for name, v in tagged.items()}, allow_nan=False)
+            line, at = text.encode() + b"\n", file.seek(0, os.SEEK_END)
+            if not again or tried != (line, at):
+                tried = line, at + len(line)
+                file.write(line)
             file.flush()
 
         yield write

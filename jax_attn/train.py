@@ -315,7 +315,10 @@ def fit(
             # Steps that ran belong in the file; a failure to fetch them must not hide the cause.
             with contextlib.suppress(Exception):
                 for step, metrics in waiting:
-                    record(step, metrics)
+                    if history.train and history.train[-1]["step"] == step:
+                        write(history.train[-1], again=True)
+                    else:
+                        record(step, metrics)
             raise
     return state, history
 

@@ -20,6 +20,7 @@ def loss_fn(params, batch, key):
 
 
 STEP = train.make_train_step(loss_fn, optax.sgd(0.1), axis="data")
+X = x(1, 4, 2, 3)
 STATE = train.init_state({"w_D": x(6)}, optax.sgd(0.1))
 
 
@@ -62,6 +63,17 @@ BAD: list[Entry] = [
     (call(bootstrap, "h:1", 2, 2), r"index must be from 0 to count=2 - 1, got 2"),
     (call(bootstrap, "h", 2, 1), r"coordinator must be 'host:port', got 'h'"),
     (call(bootstrap, "h:1", "two", 1), r"count from arguments must be an int, got 'two'"),
+    (call(a.zigzag_order, 12, 4), r"2 \* devices = 8 must divide T=12; pad the sequence"),
+    (call(a.zigzag_order, 12.0, 2), r"T must be an int >= 1, got 12.0"),
+    (call(a.zigzag_order, 12, 0), r"devices must be an int >= 1, got 0"),
+    (
+        call(a.context_attention, X, X, X, context="rings"),
+        r"context must be one of 'ring', .*rings",
+    ),
+    (
+        call(a.context_attention, X, X, X, context="ring"),
+        r"needs the mesh axis 'context': call ins",
+    ),
     (call(bootstrap, timeout_s=0), r"timeout_s must be > 0, got 0"),
 ]
 

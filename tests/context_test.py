@@ -313,7 +313,7 @@ WRONG: Any = {
         x[:, :, :2], context="all_to_all"
     ),
     r"q_ids_BT has T=6": lambda x: run_split(x, context="ring", mask=segments(IDS_BT[:, :6])),
-    "2 \\* devices = 2 \\* 5 must divide T=24": lambda x: zigzag_order(T, 5),
+    "2 \\* devices = 10 must divide T=24": lambda x: zigzag_order(T, 5),
 }
 
 

@@ -11,12 +11,15 @@ import struct
 import subprocess
 import sys
 import termios
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
 
-from jax_attn import report
+from jax_attn import report, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -59,6 +62,41 @@ def test_file_is_appended_to_and_a_torn_line_costs_itself_only(tmp_path: pathlib
 def test_path_that_cannot_be_written_fails_before_the_first_row(tmp_path: pathlib.Path) -> None:
     with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))), report.jsonl(tmp_path):
         pass
+
+
+def test_a_row_tried_again_is_there_once(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with report.jsonl(path) as write:
+        for again in (True, True, False, True):
+            write({"step": 5}, again=again)
+        write({"step": 7}, again=True)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 5, 7]
+
+
+class Interrupted(rich.console.Console):
+    """A console where Ctrl-C arrives as it prints its third line."""
+
+    lines = 0
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        self.lines += 1
+        if self.lines == 3:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_between_a_row_and_its_line_leaves_the_row_once(tmp_path: pathlib.Path) -> None:
+    path, console = tmp_path / "rows.jsonl", Interrupted(file=io.StringIO())
+
+    def step_fn(state: train.TrainState, batch: Any, key: Any) -> Any:
+        return state._replace(step=state.step + 1), {"loss": np.float32(2.5)}
+
+    state = train.TrainState(jnp.int32(0), None, None)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(
+            step_fn, state, lambda step: None, steps=7, key=jax.random.key(0),
+            metrics_path=path, progress=report.training_progress(console),
+        )  # fmt: skip
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
 
 
 # Display.
