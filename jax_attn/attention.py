@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.context import attend, positions
+from jax_attn.context import attend, length_of, positions, require, write
 from jax_attn.dot_product import dot_product_attention
 from jax_attn.intervene import Edit, apply, edits_of
 from jax_attn.kernels.call import Score, check_mask, check_sizes
@@ -17,7 +17,7 @@ from jax_attn.norm import rms_norm
 from jax_attn.observe import Mean
 from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in, ones, zeros
 from jax_attn.rope import Rope, rotate
-from jax_attn.shapes import dims, floating
+from jax_attn.shapes import Sizes, dims, floating
 
 
 def attention_leaves(
@@ -192,7 +192,8 @@ def attention(
       context: "ring", "zigzag", "all_to_all" or "split_kv", for tokens that are split over the mesh
         axis "context": inside `jax.shard_map` x is a device's part, under `jax.set_mesh` the whole.
         RoPE turns by positions in the sequence. See `context_attention`; it runs in blocks, so no
-        implementation can be named, and it takes neither cache nor edits.
+        implementation can be named, and it takes no edits. A cache, split by S, goes with
+        "split_kv", where x is whole on every device.
       intervene: edits of chosen heads from `jax_attn.intervene`; of two edits of a head the last
         holds. What is observed is the attention that was computed, without them.
     Returns: y_BTD; with a cache, `observe` or `keep` (y_BTD, aux), aux holding of "cache", "seen"
@@ -217,8 +218,13 @@ def attention(
         raise ValueError(f"keep must be a tuple of {', '.join(KEPT)}, got {keep!r}")
     edits = edits_of(intervene)
     if context is not None:
+        require(context)
+        if cache is not None and context != "split_kv":
+            raise ValueError(
+                f"context={context!r} does not go with cache: a cache whose S is split over "
+                f"devices is read by context='split_kv'"
+            )
         for name, given in (
-            ("cache", cache is not None),
             ("intervene", bool(edits)),
             ("implementation", implementation is not None),
         ):
@@ -234,14 +240,15 @@ def attention(
             if kv_BSD is not None:
                 raise ValueError("cache with kv_BSD: a cache holds the tokens' own keys and values")
             check_leaves("cache", cache, ("k_BSKH", "v_BSKE"))
+            room = cache["k_BSKH"].shape[1] if context is None else length_of(cache)
             cache = {
-                name: _write(cache, name, new, q_offset)
+                name: _write(cache, name, new, q_offset, room, context)
                 for name, new in (("k_BSKH", k_BSKH), ("v_BSKE", v_BSKE))
             }
             k_BSKH, v_BSKE = cache["k_BSKH"], cache["v_BSKE"]
             written = prefix(q_offset + x_BTD.shape[1])
-            sizes = check_sizes(q_BTNH, k_BSKH, v_BSKE, bias_BNTS, None)
-            given = check_mask(mask, sizes)
+            here = check_sizes(q_BTNH, k_BSKH, v_BSKE, None, None)
+            given = check_mask(mask, Sizes(**{c: here.size(c) for c in "BTNKGHE"}, S=room))
             mask = written if given is None else written & given
         plain = {"q_offset": q_offset, "implementation": implementation}
         scored = plain | {
@@ -280,7 +287,7 @@ def attention(
             y_BTD = y_BTD + params["bo_D"][None, None]
         if cache is not None:
             # The write would be moved back to fit, over entries that are needed.
-            outside = (q_offset < 0) | (q_offset + x_BTD.shape[1] > cache["k_BSKH"].shape[1])
+            outside = (q_offset < 0) | (q_offset + x_BTD.shape[1] > room)
             y_BTD = jnp.where(outside, jnp.nan, y_BTD)
     aux: dict[str, Any] = {}
     if cache is not None:
@@ -293,16 +300,20 @@ def attention(
     return (y_BTD, aux) if aux else y_BTD
 
 
-def _write(cache: Params, name: str, new: jax.Array, q_offset: Any) -> jax.Array:
+def _write(
+    cache: Params, name: str, new: jax.Array, q_offset: Any, room: int, context: str | None
+) -> jax.Array:
     old = cache[name]
     if old.ndim != 4 or old.shape[:1] + old.shape[2:] != new.shape[:1] + new.shape[2:]:
         raise ValueError(f"cache {name} has shape {old.shape}, new entries have {new.shape}")
     if isinstance(q_offset, int | np.integer):
         if q_offset < 0:
             raise ValueError(f"q_offset must be >= 0 with a cache, got {q_offset}")
-        if q_offset + new.shape[1] > old.shape[1]:
+        if q_offset + new.shape[1] > room:
             raise ValueError(
-                f"cache {name} has S={old.shape[1]}, too short for q_offset={q_offset} + "
+                f"cache {name} has S={room}, too short for q_offset={q_offset} + "
                 f"T={new.shape[1]} tokens"
             )
+    if context is not None:
+        return write(name, old, new, q_offset)
     return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), q_offset, axis=1)

@@ -143,11 +143,7 @@ def attend(
       divide.
     """
     inside = _inside()
-    if not inside and CONTEXT not in jax.sharding.get_abstract_mesh().axis_names:
-        raise ValueError(
-            f"context={context!r} needs the mesh axis 'context': call under jax.set_mesh(mesh) "
-            f"with such a mesh, or inside jax.shard_map over it"
-        )
+    require(context)
     size = _axis_size(context, CONTEXT) if inside else 1
     call = checked(
         q_BTNH,
@@ -181,6 +177,36 @@ def attend(
         return attend_part(call, context, CONTEXT, first)
 
     return spread.attend(call, run, queries=queries, keys=CONTEXT)
+
+
+def require(context: str) -> None:
+    """Raise unless this is inside a `jax.shard_map`, or under a mesh, that has "context"."""
+    if not _inside() and CONTEXT not in jax.sharding.get_abstract_mesh().axis_names:
+        raise ValueError(
+            f"context={context!r} needs the mesh axis 'context': call under jax.set_mesh(mesh) "
+            f"with such a mesh, or inside jax.shard_map over it"
+        )
+
+
+def write(name: str, held: jax.Array, new: jax.Array, at: Any) -> jax.Array:
+    """Write new entries from index `at` of a cache whose axis S is split, each device those that
+    fall to its part; an entry outside is dropped."""
+
+    def part(held: jax.Array, new: jax.Array, at: Any) -> jax.Array:
+        S = held.shape[1]
+        index_T = jnp.arange(new.shape[1]) + at - jax.lax.axis_index(CONTEXT) * S
+        index_T = jnp.where(index_T < 0, S, index_T)  # a negative index would count from the end
+        return held.at[:, index_T].set(new.astype(held.dtype), mode="drop")
+
+    if _inside():
+        return part(held, new, at)
+    return spread.each(part, name, {name: held, f"new_{name}": new}, at)
+
+
+def length_of(cache: dict[str, jax.Array]) -> int:
+    """Return S of a whole cache, of which this may be a device's part."""
+    S = cache["k_BSKH"].shape[1]
+    return S * jax.lax.axis_size(CONTEXT) if _inside() else S
 
 
 def positions(context: str, T: int) -> jax.Array:

@@ -86,26 +86,14 @@ def attend(
     Args:
       queries, keys: the mesh axis over which T and S are split, if any.
     """
-    found = mesh()
-    assert found is not None
-    batch = tuple(name for name in BATCH if found.shape.get(name, 1) > 1)
-    heads = HEADS if found.shape.get(HEADS, 1) > 1 else None
+    found, batch, heads = _split()
     rules = {"B": batch or None, "N": heads, "K": heads, "T": queries, "S": keys}
     arrays = {name: x for name in _ARRAYS if (x := getattr(call, name)) is not None}
-    specs = {}
-    for name, x in arrays.items():
-        mine = rules | {"S": None} if name == "bias_BNTS" else rules  # a bias has all keys
-        letters = axes(name)
-        parts = [mine.get(c) if n > 1 else None for c, n in zip(letters, x.shape, strict=True)]
-        for letter, size, over in zip(letters, x.shape, parts, strict=True):
-            over = (over,) if isinstance(over, str) else over or ()
-            if size % _count(found, over):
-                raise ValueError(
-                    f"{name} has {letter}={size}, which the {_count(found, over)} devices of mesh "
-                    f"axis {' * '.join(over)} do not divide"
-                )
-        specs[name] = PartitionSpec(*parts)
-
+    bias_rules = rules | {"S": None}  # a bias has all keys
+    specs = {
+        name: _place(found, name, x, bias_rules if name == "bias_BNTS" else rules)
+        for name, x in arrays.items()
+    }
     # Masks and all that is not split come whole: an array that is closed over could not enter.
     others, rebuild = _parted(replace(call, **dict.fromkeys(arrays)))
 
@@ -118,6 +106,44 @@ def attend(
     out = PartitionSpec(rules["B"], queries, heads)
     places = (specs, PartitionSpec())
     return jax.shard_map(part, mesh=found, in_specs=places, out_specs=out)(arrays, others)
+
+
+def each(part: Callable[..., jax.Array], held: str, arrays: dict[str, jax.Array], *others: Any):
+    """Run `part(*its parts of the arrays, *others)` on every device, S split over "context".
+
+    Args:
+      held: which of the arrays the result is like; others have all of S.
+    """
+    found, batch, heads = _split()
+    rules = {"B": batch or None, "N": heads, "K": heads}
+    specs = {
+        name: _place(found, name, x, rules | {"S": CONTEXT} if name == held else rules)
+        for name, x in arrays.items()
+    }
+    places = (*specs.values(), *(PartitionSpec() for _ in others))
+    mapped = jax.shard_map(part, mesh=found, in_specs=places, out_specs=specs[held])
+    return mapped(*arrays.values(), *others)
+
+
+def _split() -> tuple[AbstractMesh, tuple[str, ...], str | None]:
+    """Return the mesh, and its axes of more than one device for batch entries and for heads."""
+    found = mesh()
+    assert found is not None
+    batch = tuple(name for name in BATCH if found.shape.get(name, 1) > 1)
+    return found, batch, HEADS if found.shape.get(HEADS, 1) > 1 else None
+
+
+def _place(found: AbstractMesh, name: str, x: jax.Array, rules: dict[str, Any]) -> PartitionSpec:
+    """Place an array by its letters; an axis of one entry is not split."""
+    parts = [rules.get(c) if n > 1 else None for c, n in zip(axes(name), x.shape, strict=True)]
+    for letter, size, over in zip(axes(name), x.shape, parts, strict=True):
+        over = (over,) if isinstance(over, str) else over or ()
+        if size % _count(found, over):
+            raise ValueError(
+                f"{name} has {letter}={size}, which the {_count(found, over)} devices of mesh "
+                f"axis {' * '.join(over)} do not divide"
+            )
+    return PartitionSpec(*parts)
 
 
 def _count(found: AbstractMesh, names: tuple[str, ...]) -> int:
