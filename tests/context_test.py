@@ -160,7 +160,9 @@ def assert_same(got: Any, rough: Any, want: Any) -> None:
         oracle.assert_within(name, a, b, w, floor)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(
+    "context", [pytest.param(c, marks=pytest.mark.long if c == "ring" else ()) for c in CONTEXTS]
+)
 @pytest.mark.parametrize("options", [everything, plain, far])
 def test_the_same_as_one_device(context: str, options: Any) -> None:
     got = jit(partial(derive, partial(split, options, context)))(inputs())
@@ -175,6 +177,7 @@ def twice(run, x):
     return jax.grad(norm)(x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("context", ["ring", "zigzag"])
 def test_gradient_of_the_gradient(context: str) -> None:
     got = jit(partial(twice, partial(split, far, context)))(inputs())
@@ -232,10 +235,9 @@ TOKENS_BT = np.random.default_rng(8).integers(0, 11, (4, T + 1))
 @pytest.mark.parametrize(
     ("context", "sizes"),
     [
-        ("ring", {"context": 2}),
-        ("ring", {"data": 2, "context": 4}),
+        pytest.param("ring", {"data": 2, "context": 4}, marks=pytest.mark.long),
         ("zigzag", {"data": 2, "context": 2, "model": 2}),
-        ("all_to_all", {"fsdp": 2, "context": 2, "model": 2}),
+        pytest.param("all_to_all", {"fsdp": 2, "context": 2, "model": 2}, marks=pytest.mark.long),
     ],
 )
 def test_a_model_on_a_mesh(context: str, sizes: dict[str, int]) -> None:
@@ -274,6 +276,7 @@ def here(x: dict[str, Any]) -> dict[str, Any]:
     return everything(x) | {"score": None, "mask": causal() & segments(IDS_BT) & dense(ROUGH_BNTT)}
 
 
+@pytest.mark.long
 def test_blocks_on_a_mesh_know_their_place() -> None:
     """Without a context batch entries and heads alone are split; nothing is gathered."""
     mesh = mesh_of(data=2, model=2)

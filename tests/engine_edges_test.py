@@ -70,6 +70,7 @@ def looped(q, w, u, ids, implementation):
     return {"score": score}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [segmented, padded, closed_over, weighted, bent, looped])
 def test_what_differs_from_shard_to_shard(options) -> None:
     """Masks and scores may close over arrays that are sharded, and over others that are not."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flow_claims, flow, seed_shapes
+from experiments import _flow_claims, bench_sharding, flow, long_context, seed_shapes
 from experiments._config import parse
 from jax_attn import data
 
@@ -90,6 +90,7 @@ def test_c8_can_come_out_either_way():
     assert not _flow_claims.c8(costs).holds
 
 
+@pytest.mark.long
 def test_c9_fails_for_a_model_that_does_look_back():
     cfg = flow.Config(D=16, N=2, F=64, T=13)
     tokens = jnp.asarray(data.encode("def read(self")[None])
@@ -103,6 +104,7 @@ def test_c9_fails_for_a_model_that_does_look_back():
     assert not _flow_claims.c9(both, both, tokens, run).holds
 
 
+@pytest.mark.long
 def test_seed_shapes_holds_exactly():
     rows = seed_shapes.rows()
     assert {claim for claim, *_ in rows} == {"C6", "C7", "C9"}
@@ -152,3 +154,60 @@ def test_wrong_values_are_one_line(arguments, message, capsys, tmp_path):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_long_context_writes_all_it_promises(tmp_path, capsys):
+    sizes = ["--T=32", "--longest=128", "--P=2", "--B=2", "--steps=3", "--asked=2"]
+    assert long_context.main([*sizes, f"--out={tmp_path}"]) == 0
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert [row["T"] for row in result["asked"]] == [32, 128]
+    assert [row["devices"] for row in result["weighed"]] == [1, 2]
+    assert result["weighed"][1]["bytes"] < result["weighed"][0]["bytes"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "recall.png").stat().st_size > 10_000
+    assert "a guess recalls 0.12" in capsys.readouterr().out
+
+
+def test_a_needle_is_where_it_is_said_to_be():
+    tokens_BT, needle_B = long_context.sequences(3, 5, 7, 53)
+    is_needle = tokens_BT < long_context.CLASSES
+    assert (is_needle.sum(1) == 1).all()
+    assert (is_needle.argmax(1) == needle_B).all()
+    assert (tokens_BT[:, -1] == long_context.ASK).all()
+    again, _ = long_context.sequences(3, 5, 7, 53)
+    assert (again == tokens_BT).all()
+    assert (long_context.sequences(3, 6, 7, 53)[0] != tokens_BT).any()
+
+
+@pytest.mark.long
+def test_bench_sharding_writes_all_it_promises(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_sharding, "DEPTHS", (1, 3))
+    sizes = ["--T=256", "--N=2", "--H=4", "--P=2", "--rounds=1", f"--out={tmp_path}"]
+    assert bench_sharding.main(sizes) == 0
+    result = json.loads((tmp_path / "results.json").read_text())
+    busiest = {(row["way"], row["devices"]): row["busiest"] for row in result["rows"]}
+    assert busiest["zigzag", 2] <= 1.05 < busiest["ring", 2]
+    assert len({row["hlo_lines"] for row in result["depths"]}) == 1
+    assert (tmp_path / "sharding.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("experiment", "argument", "message"),
+    [
+        (bench_sharding, "--P=3", "--P must be a power of two, got 3"),
+        (bench_sharding, "--T=100", "--P=8 must divide --N=8, and 2 P must divide --T=100"),
+        (bench_sharding, "--P=16", "--P=16 must divide --N=8"),
+        (long_context, "--context=rings", "--context must be one of ring, zigzag, all_to_all"),
+        (long_context, "--T=40", "--T=40 must be at least 16 and a multiple of 2 * --P=8"),
+        (long_context, "--longest=512", "--longest=512 is shorter than --T=1024"),
+        (long_context, "--context=all_to_all", "--context=all_to_all needs --P=8 to divide --N=2"),
+        (long_context, "--steps=0", "--steps must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_cannot_be_split_are_one_line(experiment, argument, message, capsys, tmp_path):
+    assert experiment.main([argument, f"--out={tmp_path / 'none'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "none").exists()

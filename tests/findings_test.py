@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_attn import (
     attention,
@@ -37,6 +38,7 @@ def any_kind(x: Any) -> Any:
 X_BTD = jax.random.normal(KEY, (2, 5, 6))
 
 
+@pytest.mark.long
 def test_static_mixers_keep_nan_from_earlier_tokens() -> None:
     mixer = partial(static_mixer, init_static_mixer(KEY, 6, 2, T=5), mask=causal())
     tokens = partial(token_mlp, init_token_mlp(KEY, 5, 10), causal=True)
@@ -111,6 +113,7 @@ def test_a_negative_target_is_no_class() -> None:
     assert np.isnan(loss)
 
 
+@pytest.mark.long
 def test_attention_dropout_reaches_the_shells() -> None:
     layer = partial(
         init_block,

@@ -229,6 +229,7 @@ def loss(params: dict, attend: Any, remat: str | None) -> Any:
     return jnp.mean(jnp.sin(logits_BTV)), (logits_BTV, aux)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", [None, "full", "dots"])
 def test_model_and_its_gradient_do_not_change(remat: str | None) -> None:
     derive = jit(jax.grad(loss, has_aux=True), static_argnums=(1, 2))

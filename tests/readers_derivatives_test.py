@@ -84,6 +84,7 @@ def test_derivatives(name: str, kind: str) -> None:
         oracle.assert_same(f"{name} {jax.tree_util.keystr(path)}", a, b, c)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", READERS)
 def test_vmap(name: str) -> None:
     xs = [inputs(seed) for seed in (1, 2)]
@@ -203,6 +204,7 @@ def test_rows_without_keys_are_zero(name: str) -> None:
         assert (np.asarray(keys) == -1).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["links", "mass", "block"])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_is_linear_and_the_program_does_not_grow(
@@ -232,6 +234,7 @@ def test_memory_is_linear_and_the_program_does_not_grow(
     assert long < 1.1 * short
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", READERS)
 def test_eager_is_jit(name: str) -> None:
     x = inputs()

@@ -185,11 +185,13 @@ def check(
         compare(got, z, probabilities(x, z, options, pairs), pairs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mask", ["none", "causal", "packed", "lengths", "not", "nothing"])
 def test_masks(mask: str) -> None:
     check("mha", mask, OPTIONS["sinks"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(options: str) -> None:
     check("gqa", "causal", OPTIONS[options])
@@ -200,17 +202,20 @@ def test_shapes(shape: str) -> None:
     check(shape, "where" if shape == "T1" else "none", OPTIONS["all"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype: str) -> None:
     check("mqa", "prefix_lm", OPTIONS["all"]._replace(q_offset=1), dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mask", ["causal", "none"])
 def test_one_block(mask: str) -> None:
     with blockwise.block_limits(None):
         check("mha", mask, OPTIONS["all"])
 
 
+@pytest.mark.long
 def test_batch_and_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU or TPU; the scale is one that no other test has compiled for."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -265,6 +270,7 @@ def test_every_key_may_be_a_link() -> None:
     close(weights.sum(axis=-1), np.ones((Z.B, Z.T, Z.N), np.float32))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mask",
     [
@@ -300,6 +306,7 @@ def test_rows_may_be_traced_and_then_miss() -> None:
     assert attention_rows(x["q"], x["k"], rows=[]).shape == (2, 6, 0, 13)
 
 
+@pytest.mark.long
 def test_what_is_received_adds_up_to_the_queries() -> None:
     x = inputs(options=OPTIONS["sinks"])
     mass = received_mass(x["q"], x["k"], mask=causal() & lengths(np.array([3, 5])))
@@ -312,6 +319,7 @@ def test_what_is_received_adds_up_to_the_queries() -> None:
     np.testing.assert_allclose(of_head, want, rtol=8 * 1.2e-7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("T", [17, 37])
 def test_links_have_as_many_rows_as_there_are_queries(T: int) -> None:
     """More than 16, of which blocks hold multiples."""
@@ -331,6 +339,7 @@ def test_links_have_as_many_rows_as_there_are_queries(T: int) -> None:
     jax.tree.map(close, got[1](ones), want[1](ones))
 
 
+@pytest.mark.long
 def test_gradient_of_links_is_that_of_their_pairs() -> None:
     """In grouped heads, of several groups of rows, against the rows written out."""
     more = {"mask": causal(), "scale": 0.7, "softcap": 3.0, "q_offset": 3}

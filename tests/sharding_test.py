@@ -107,6 +107,7 @@ def undeclared(found: Counter[tuple[str, str]], params: Any, mesh: Any) -> set[s
     return travelled & wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [{"model": 8}, {"fsdp": 2, "model": 4}], ids=["model", "both"])
 def test_experts_on_a_mesh(sizes: Any) -> None:
     """How rows are sorted by expert is up to the compiler; matrices move over fsdp alone."""
@@ -254,6 +255,7 @@ def test_whole_width_does_nothing_without_a_mesh() -> None:
     assert a.whole_width("BTD", x_BTD) is x_BTD
 
 
+@pytest.mark.long
 def test_the_readme_examples_run() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     section = readme.partition("## Shard\n")[2].partition("\n## ")[0]

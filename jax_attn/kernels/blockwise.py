@@ -11,7 +11,7 @@ from jax_attn.kernels import blocks, dense, folds, observations, spread
 from jax_attn.kernels.blocks import At, Data, Part, Plan, Point, Value
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import hoist, vary, vary_together, varying_axes
-from jax_attn.kernels.processor import processor
+from jax_attn.kernels.processor import backend, processor
 
 # Measured on two CPU cores: smaller blocks pay for each step of a loop, larger ones for leaving
 # the cache.
@@ -167,7 +167,7 @@ def prepare(call: Call, part: Part | None = None) -> tuple[Plan, Data, dict[str,
         S=part.S,
         queries=queries,
         keys=keys,
-        one_unit=jax.default_backend() != "cpu",
+        one_unit=backend() != "cpu",
         # One block with a mask is not worth a second program for the case that it allows all.
         whole=S // keys > 0 and (mask is None or not one_block),
         mixed=padded or mask is not None,
@@ -250,7 +250,7 @@ def _narrow(call: Call) -> Any:
     """
     dtypes = {x.dtype for x in (call.q_BTNH, call.k_BSKH, call.v_BSKE)}
     amx = jax.__version_info__ >= (0, 12) and "amx_bf16" in processor()
-    fast = jax.default_backend() != "cpu" or amx or multiply_narrow.value
+    fast = backend() != "cpu" or amx or multiply_narrow.value
     return jnp.bfloat16 if fast and dtypes == {jnp.dtype("bfloat16")} else call.wide
 
 

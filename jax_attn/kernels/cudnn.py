@@ -5,14 +5,15 @@ import jax.numpy as jnp
 
 from jax_attn.kernels import fused
 from jax_attn.kernels.call import Call
+from jax_attn.kernels.processor import backend
 
 
 def refuses(call: Call) -> str | None:
     """Say why the call cannot run here."""
     z = call.sizes
     dtypes = {x.dtype for x in (call.q_BTNH, call.k_BSKH, call.v_BSKE)}
-    if jax.default_backend() != "gpu":
-        return f"needs a GPU, and JAX runs on {jax.default_backend()}"
+    if backend() != "gpu":
+        return f"needs a GPU, and JAX runs on {backend()}"
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float16")}:
         return f"takes bfloat16 or float16, got {', '.join(sorted(map(str, dtypes)))}"
     if z.H != z.E or z.H % 8 or z.H > 256:

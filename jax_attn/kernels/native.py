@@ -19,7 +19,7 @@ import numpy as np
 from jax_attn.kernels import blockwise, derivative, fused, observations, spread
 from jax_attn.kernels.call import Call
 from jax_attn.kernels.hoist import vary, vary_together, varying_axes
-from jax_attn.kernels.processor import processor
+from jax_attn.kernels.processor import backend, processor
 from jax_attn.mask_types import And, Chunks, Lengths, Mask, Prefix, Segments, Window
 
 SOURCES = Path(__file__).parent / "cpu"
@@ -29,8 +29,8 @@ _SMALL_INTEGERS = {"int8", "int16", "int32", "uint8", "uint16"}
 
 def refuses(call: Call) -> str | None:
     """Say why the call cannot run here."""
-    if jax.default_backend() != "cpu":
-        return f"needs a CPU, and JAX runs on {jax.default_backend()}"
+    if backend() != "cpu":
+        return f"needs a CPU, and JAX runs on {backend()}"
     dtypes = {str(x.dtype) for x in (call.q_BTNH, call.k_BSKH, call.v_BSKE)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         return f"takes float32 or bfloat16, one for all, got {', '.join(sorted(dtypes))}"

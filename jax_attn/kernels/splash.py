@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jax_attn.kernels import fused
 from jax_attn.kernels.call import Call
+from jax_attn.kernels.processor import backend
 from jax_attn.shapes import Sizes
 
 # True runs the kernel's logic in the interpreter, on any backend: slow, for tests.
@@ -22,8 +23,8 @@ _NO_KEY, _NO_QUERY = -(2**31), -(2**31) + 1
 def refuses(call: Call) -> str | None:
     """Say why the call cannot run here."""
     z, mask = call.sizes, fused.simple(call.mask)
-    if jax.default_backend() != "tpu" and not interpreted.value:
-        return f"needs a TPU, and JAX runs on {jax.default_backend()}"
+    if backend() != "tpu" and not interpreted.value:
+        return f"needs a TPU, and JAX runs on {backend()}"
     if call.wide != jnp.float32:
         return f"takes bfloat16 or float32, got {call.q_BTNH.dtype}"
     if mask is not None and len(mask.segments) > 1:

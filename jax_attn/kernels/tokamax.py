@@ -10,6 +10,7 @@ import jax
 
 from jax_attn.kernels import fused
 from jax_attn.kernels.call import Call
+from jax_attn.kernels.processor import backend
 
 _FUSED = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",), "cpu": ("xla_chunked",)}
 
@@ -43,5 +44,5 @@ def _kernel(call: Call, mask: fused.Simple) -> jax.Array:
         query_seq_lengths=q_B,
         key_value_seq_lengths=kv_B,
         logits_soft_cap=None if call.softcap is None else float(call.softcap),
-        implementation=_FUSED[jax.default_backend()],
+        implementation=_FUSED[backend()],
     )
