@@ -218,7 +218,6 @@ def attention(
         raise ValueError(f"keep must be a tuple of {', '.join(KEPT)}, got {keep!r}")
     edits = edits_of(intervene)
     if context is not None:
-        require(context)
         if cache is not None and context != "split_kv":
             raise ValueError(
                 f"context={context!r} does not go with cache: a cache whose S is split over "
@@ -230,6 +229,7 @@ def attention(
         ):
             if given:
                 raise ValueError(f"context={context!r} does not go with {name}; leave one out")
+        require(context)
         if rope is not None and position_BT is None:
             position_BT = positions(context, x_BTD.shape[1])[None] + q_offset
     with jax.named_scope("attention"):

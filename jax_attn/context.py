@@ -200,7 +200,7 @@ def write(name: str, held: jax.Array, new: jax.Array, at: Any) -> jax.Array:
 
     if _inside():
         return part(held, new, at)
-    return spread.each(part, name, {name: held, f"new_{name}": new}, at)
+    return spread.change(part, name, {name: held, f"new_{name}": new}, at)
 
 
 def length_of(cache: dict[str, jax.Array]) -> int:

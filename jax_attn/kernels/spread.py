@@ -108,11 +108,13 @@ def attend(
     return jax.shard_map(part, mesh=found, in_specs=places, out_specs=out)(arrays, others)
 
 
-def each(part: Callable[..., jax.Array], held: str, arrays: dict[str, jax.Array], *others: Any):
-    """Run `part(*its parts of the arrays, *others)` on every device, S split over "context".
+def change(
+    part: Callable[..., jax.Array], held: str, arrays: dict[str, jax.Array], *others: Any
+) -> jax.Array:
+    """Change an array where it lies: run `part(*its parts of the arrays, *others)` on every device.
 
     Args:
-      held: which of the arrays the result is like; others have all of S.
+      held: which of the arrays is changed; its S is split over "context", that of others is whole.
     """
     found, batch, heads = _split()
     rules = {"B": batch or None, "N": heads, "K": heads}
