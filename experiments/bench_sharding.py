@@ -236,12 +236,11 @@ def show(console: rich.console.Console, cfg: Config, rows: list[Any], depths: li
     alone = {row["way"]: row for row in rows if row["devices"] == 1}
     for row in rows:
         size, whole = row["temporary_bytes"], alone[row["way"]]["temporary_bytes"]
-        known = size is not None and whole
+        shown = ("-", "-") if size is None else (f"{size / 1e6:.1f}", f"{size / whole:.3f}")
         table.add_row(
             row["way"],
             str(row["devices"]),
-            f"{size / 1e6:.1f}" if known else "-",
-            f"{size / whole:.3f}" if known else "-",
+            *shown,
             f"{row['busiest']:.2f}",
             f"{row['ms'] / 1e3:.2f} ({row['q1_ms'] / 1e3:.2f}-{row['q3_ms'] / 1e3:.2f})",
             f"{row['compile_s']:.1f}",
