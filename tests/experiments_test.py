@@ -182,7 +182,7 @@ def test_a_needle_is_where_it_is_said_to_be():
 
 @pytest.mark.long
 def test_bench_sharding_writes_all_it_promises(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_sharding, "DEPTHS", (1, 3))
+    monkeypatch.setattr(bench_sharding, "DEPTHS", (2, 5))
     sizes = ["--T=256", "--N=2", "--H=4", "--P=2", "--rounds=1", f"--out={tmp_path}"]
     assert bench_sharding.main(sizes) == 0
     result = json.loads((tmp_path / "results.json").read_text())
