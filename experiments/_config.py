@@ -41,6 +41,14 @@ def parse(
         raise SystemExit(2) from None
 
 
+def check_positive(cfg: Any) -> None:
+    """Raise a ValueError that names a field that is an int below 1."""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if type(value) is int and value < 1:  # a bool is no size
+            raise ValueError(f"--{field.name} must be at least 1, got {value}")
+
+
 def _parse(
     config: type[Config], presets: Mapping[str, Mapping[str, Any]], doc: str, argv: Sequence[str]
 ) -> Config:

@@ -37,7 +37,7 @@ import rich.table
 from jax.sharding import PartitionSpec
 
 from experiments import _bench_measure as measure
-from experiments._config import parse
+from experiments._config import check_positive, parse
 from experiments._report import environment, save
 from jax_attn import (
     attention,
@@ -106,10 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(cfg: Config) -> None:
     """Refuse sizes that cannot be split, and make the devices if they are a CPU's threads."""
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"--{field.name} must be at least 1, got {value}")
+    check_positive(cfg)
     if cfg.P & (cfg.P - 1):
         raise ValueError(f"--P must be a power of two, got {cfg.P}")
     if cfg.T % (2 * cfg.P) or cfg.N % cfg.P:
@@ -184,7 +181,8 @@ def busiest(cfg: Config, way: str, count: int) -> float:
         return jnp.sum(blockwise.prepare(call, place)[1].by_query.some)[None]
 
     run = jax.shard_map(part, mesh=mesh, in_specs=SPLIT, out_specs=PartitionSpec("context"))
-    with blockwise.block_limits((cfg.T // (8 * cfg.P), cfg.T // (8 * cfg.P))):
+    block = max(1, cfg.T // (8 * cfg.P))
+    with blockwise.block_limits((block, block)):
         visits = np.asarray(jax.jit(run)(jnp.zeros((1, cfg.T, 1, 1))))
     return float(visits.max() / visits.mean())
 

@@ -32,7 +32,7 @@ import rich.console
 import rich.table
 
 from experiments import _flow_claims, _flow_figures, _report
-from experiments._config import parse
+from experiments._config import check_positive, parse
 from jax_attn import (
     attention,
     causal,
@@ -96,10 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def check(cfg: Config) -> None:
     """Refuse sizes that mean nothing, before anything is compiled."""
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"--{field.name} must be at least 1, got {value}")
+    check_positive(cfg)
     if not cfg.learning_rate > 0:
         raise ValueError(f"--learning_rate must be > 0, got {cfg.learning_rate}")
     activate(cfg.activation, jnp.zeros(1))

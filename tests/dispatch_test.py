@@ -21,6 +21,7 @@ from jax_attn import (
     window,
 )
 from jax_attn.kernels.fused import Simple, simple
+from jax_attn.kernels.processor import backend
 
 
 def struct(S: int, H: int = 8, dtype: str = "float32") -> jax.ShapeDtypeStruct:
@@ -104,6 +105,13 @@ def test_memory_is_linear_and_the_program_does_not_grow(order: str) -> None:
     (small, short), (large, long) = made
     assert large < 2.2 * small
     assert long < 1.1 * short
+
+
+def test_a_mesh_says_what_a_program_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert backend() == "tpu"
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        assert backend() == "cpu"
 
 
 def test_works_per_shard_with_gradients() -> None:

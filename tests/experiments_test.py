@@ -201,6 +201,7 @@ def test_bench_sharding_writes_all_it_promises(tmp_path, monkeypatch):
         (long_context, "--context=rings", "--context must be one of ring, zigzag, all_to_all"),
         (long_context, "--T=40", "--T=40 must be at least 16 and a multiple of 2 * --P=8"),
         (long_context, "--longest=128", "--longest=128 is shorter than --T=256"),
+        (long_context, "--longest=1000", "--longest=1000 must be a multiple of 2 * --P=8"),
         (long_context, "--context=all_to_all", "--context=all_to_all needs --P=8 to divide --N=2"),
         (long_context, "--steps=0", "--steps must be at least 1, got 0"),
     ],

@@ -184,7 +184,8 @@ def _push(
 
 def _pass_on(ring: Ring, tree: Any) -> Any:
     """Hand arrays, alike but for their last axis, to the next device of the ring: in one message,
-    since of several the TPU's compiler starts some only when there is nothing left to compute."""
+    since of several the TPU's compiler starts some only when there is nothing left to compute.
+    Arrays of two dtypes take two."""
     pairs = [(i, (i + 1) % ring.size) for i in range(ring.size)]
     leaves, treedef = jax.tree.flatten(tree)
     if len({x.dtype for x in leaves}) > 1:
