@@ -12,15 +12,15 @@ STAMP = $(VENV)/.complete-$(VERSION)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint pytest fuzz format demo env clean
+.PHONY: help test lint pytest test-long test-tpu fuzz faults format demo env clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Each target first makes the environment that it needs, from Python >= 3.11 and pip alone."
 	@echo "PYTHON=$(PYTHON) picks the interpreter, VENV=$(VENV) the folder, ARGS=... goes to the program."
 
-test: lint pytest  ## lint, types and all tests
+test: lint pytest  ## lint, types and all tests but those marked long or tpu
 
 lint: $(STAMP)  ## ruff (rules and format) and pyright
 	@$(PY) -m ruff check --quiet .
@@ -30,8 +30,20 @@ lint: $(STAMP)  ## ruff (rules and format) and pyright
 pytest: $(STAMP)  ## the tests alone, e.g. make pytest ARGS='-k masks'
 	@$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
 
+# As users run it: other tests compile with little optimisation, which takes half the time.
+test-long: export XLA_FLAGS += --xla_backend_optimization_level=3
+test-long: $(STAMP)  ## tests that take minutes to compile, and whole jobs, fully optimised
+	@$(PY) -m pytest $(PYTEST_FLAGS) -m long $(ARGS)
+
+test-tpu: $(STAMP)  ## programs and kernels through the TPU's compiler, which needs no TPU
+	@$(PY) -c 'import libtpu' 2>/dev/null || $(PY) -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt 'jax[tpu]'
+	@$(PY) -m pytest $(PYTEST_FLAGS) -m tpu $(ARGS)
+
 fuzz: $(STAMP)  ## 2,400 random attention cases against the float64 oracle
 	@$(PY) -m pytest $(PYTEST_FLAGS) -m fuzz $(ARGS)
+
+faults: $(STAMP)  ## break training jobs for real, and count what survived
+	@$(PY) -m tests.faults $(ARGS)
 
 format: $(STAMP)  ## rewrite the files in the project's format
 	@$(PY) -m ruff check --quiet --fix .

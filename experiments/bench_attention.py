@@ -30,7 +30,7 @@ from experiments import _bench_measure as measure
 from experiments import _bench_peers as peers
 from experiments import _bench_report, _report
 from experiments._bench_peers import Case
-from experiments._config import parse
+from jax_attn.command_line import parse
 from jax_attn.report import training_progress
 
 

@@ -31,9 +31,9 @@ import rich.console
 import rich.table
 
 from experiments import _bench_measure as measure
-from experiments._config import parse
 from experiments._report import environment, save
 from jax_attn import causal, dot_product_attention, window_mass
+from jax_attn.command_line import parse
 from jax_attn.observe import STATISTICS
 from jax_attn.report import training_progress
 

@@ -37,7 +37,6 @@ import rich.table
 from jax.sharding import PartitionSpec
 
 from experiments import _bench_measure as measure
-from experiments._config import check_positive, parse
 from experiments._report import environment, save
 from jax_attn import (
     attention,
@@ -53,6 +52,7 @@ from jax_attn import (
     shard_step,
     train,
 )
+from jax_attn.command_line import check_positive, parse
 from jax_attn.kernels import blockwise, ring
 from jax_attn.kernels.call import checked
 from jax_attn.report import training_progress

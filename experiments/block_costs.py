@@ -22,9 +22,9 @@ import rich.box
 import rich.console
 import rich.table
 
-from experiments._config import parse
 from experiments._report import environment
 from jax_attn import causal, dot_product_attention
+from jax_attn.command_line import parse
 from jax_attn.kernels import blockwise
 
 

@@ -32,7 +32,6 @@ import rich.console
 import rich.table
 
 from experiments import _flow_claims, _flow_figures, _report
-from experiments._config import check_positive, parse
 from jax_attn import (
     attention,
     causal,
@@ -52,6 +51,7 @@ from jax_attn import (
     view,
     window,
 )
+from jax_attn.command_line import check_positive, parse
 from jax_attn.mlp import activate
 from jax_attn.report import training_progress
 

@@ -34,7 +34,6 @@ import rich.console
 import rich.table
 
 from experiments import _bench_measure as measure
-from experiments._config import check_positive, parse
 from experiments._report import environment, save
 from jax_attn import (
     attention,
@@ -50,6 +49,7 @@ from jax_attn import (
     train,
     zigzag_order,
 )
+from jax_attn.command_line import check_positive, parse
 from jax_attn.report import training_progress
 
 CLASSES, NOISE = 8, 48

@@ -35,6 +35,7 @@ from jax_attn.masks import (
     where,
     window,
 )
+from jax_attn.mesh import make_mesh
 from jax_attn.mixing import (
     init_static_mixer,
     init_token_mlp,
@@ -53,7 +54,6 @@ from jax_attn.sharding import (
     ACTIVATIONS,
     PARAMS,
     global_batch,
-    make_mesh,
     shard_init,
     shard_step,
     specs,

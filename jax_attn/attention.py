@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_attn.context import attend, length_of, positions, require, write
+from jax_attn.context import attend, key_positions, length_of, positions, require, write
 from jax_attn.dot_product import dot_product_attention
 from jax_attn.intervene import Edit, apply, edits_of
 from jax_attn.kernels.call import Score, check_mask, check_sizes
@@ -102,11 +102,13 @@ def project_qkv(
     *,
     rope: Rope | None = None,
     position_BT: jax.Array | None = None,
+    kv_position_BS: jax.Array | None = None,
     q_offset: Any = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Make queries, keys and values: q = x Wq + bq, QK-norm if its leaves are there, then RoPE.
 
-    Args: as in `attention`.
+    Args: as in `attention`; and
+      kv_position_BS: positions of kv_BSD for RoPE, B may be 1; default s.
     Returns: q_BTNH, k_BSKH, v_BSKE, ready for `dot_product_attention`.
     Raises: ValueError naming the argument or leaf, the axis letter and both sizes.
     Example:
@@ -120,7 +122,7 @@ def project_qkv(
     dims(x_BTD=x_BTD, kv_BSD=kv_BSD)
     if position_BT is not None and rope is None:
         raise ValueError("position_BT is read by rope alone, and rope is None")
-    if position_BT is not None and kv_BSD is not None:
+    if position_BT is not None and kv_BSD is not None and kv_position_BS is None:
         raise ValueError("position_BT with kv_BSD: the keys' positions would be unknown")
     source_BSD = x_BTD if kv_BSD is None else kv_BSD
     q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, params["wq_DNH"])
@@ -138,7 +140,9 @@ def project_qkv(
         q_position_BT = position_BT
         if q_position_BT is None:
             q_position_BT = jnp.arange(sizes.T)[None] + q_offset
-        k_position_BS = q_position_BT if kv_BSD is None else jnp.arange(kv_BSD.shape[1])[None]
+        k_position_BS = q_position_BT if kv_BSD is None else kv_position_BS
+        if k_position_BS is None:
+            k_position_BS = jnp.arange(source_BSD.shape[1])[None]
         q_BTNH = rotate(q_BTNH, rope, q_position_BT)
         k_BSKH = rotate(k_BSKH, rope, k_position_BS)
     return q_BTNH, k_BSKH, v_BSKE
@@ -217,6 +221,7 @@ def attention(
     if not isinstance(keep, tuple | list) or not all(name in KEPT for name in keep):
         raise ValueError(f"keep must be a tuple of {', '.join(KEPT)}, got {keep!r}")
     edits = edits_of(intervene)
+    kv_position_BS = None
     if context is not None:
         if cache is not None and context != "split_kv":
             raise ValueError(
@@ -232,9 +237,17 @@ def attention(
         require(context)
         if rope is not None and position_BT is None:
             position_BT = positions(context, x_BTD.shape[1])[None] + q_offset
+            if kv_BSD is not None:
+                kv_position_BS = key_positions(context, kv_BSD.shape[1])[None]
     with jax.named_scope("attention"):
         q_BTNH, k_BSKH, v_BSKE = project_qkv(
-            params, x_BTD, kv_BSD, rope=rope, position_BT=position_BT, q_offset=q_offset
+            params,
+            x_BTD,
+            kv_BSD,
+            rope=rope,
+            position_BT=position_BT,
+            kv_position_BS=kv_position_BS,
+            q_offset=q_offset,
         )
         if cache is not None:
             if kv_BSD is not None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from jax_attn import dropout
 from jax_attn.attention import attention
+from jax_attn.context import context_of, parted, token_positions
 from jax_attn.intervene import Edit, check_layers, edits_of
 from jax_attn.mixing import static_mixer
 from jax_attn.mlp import mlp
@@ -135,6 +136,12 @@ def block(
     if cache is not None and "mixer" in params:
         raise ValueError("block: a static mixer mixes positions, not keys; it cannot use a cache")
     edits = edits_of(intervene)
+    if "mixer" in params and (context_of(attend) == "zigzag" or parted()):
+        raise ValueError(
+            "block: a static mixer mixes by position, and tokens are split over mesh axis "
+            "'context' or laid out in zigzag; leave context out, or use context='ring' under "
+            "jax.set_mesh"
+        )
     if edits and "attention" not in params:
         raise ValueError("block: intervene edits heads, but params has no 'attention'")
 
@@ -152,12 +159,20 @@ def block(
         if said:
             aux[name] = said
         if dropout_rate > 0.0 and key is not None:
-            kept = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - dropout_rate, y_BTD.shape)
+            kept = _kept(jax.random.fold_in(key, 1), dropout_rate, y_BTD, attend)
             y_BTD = jnp.where(kept, y_BTD / (1 - dropout_rate), 0)
         x_BTD = whole_width("BTD", x_BTD + y_BTD)
         if f"{name}_post_norm" in params:
             x_BTD = norm(params[f"{name}_post_norm"], x_BTD)
     return x_BTD, aux
+
+
+def _kept(key: jax.Array, rate: float, y_BTD: jax.Array, attend: Part) -> jax.Array:
+    """Decide what dropout keeps: by batch entry, position and channel, not by device."""
+    B, T, D = y_BTD.shape
+    position_T = token_positions("block: dropout_rate", attend, T)
+    b, t, d = jnp.arange(B)[:, None, None], position_T[None, :, None], jnp.arange(D)[None, None]
+    return dropout.keep(key, rate, b, 0, t, d)
 
 
 def _attend(

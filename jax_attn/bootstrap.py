@@ -74,7 +74,7 @@ def bootstrap(
         source = "environment"
         given = {names[what]: os.environ.get(names[what]) for what in names}
         found = dict(zip(names, given.values(), strict=True))
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+    elif _slurm_tasks(os.environ) > 1:
         source, found = "SLURM", _slurm(os.environ)
     elif (found := _cloud_tpu(os.environ)) is not None:
         source = "Cloud TPU"
@@ -88,11 +88,15 @@ def bootstrap(
         _number(source, "count", found["count"]),
         _number(source, "index", found["index"]),
     )
+    if count < 1:
+        raise ValueError(f"bootstrap: count must be at least 1, got {count}")
     if not 0 <= index < count:
         raise ValueError(f"bootstrap: index must be from 0 to count={count} - 1, got {index}")
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"bootstrap: coordinator must be 'host:port', got {address!r}")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ValueError(
+            f"bootstrap: coordinator must be 'host:port' with a port below 65536, got {address!r}"
+        )
     if count == 1:
         return Processes(0, 1, source)
     if jax.distributed.is_initialized():
@@ -115,6 +119,13 @@ def _number(source: str, name: str, value: object) -> int:
         return int(str(value))
     except ValueError:
         raise ValueError(f"bootstrap: {name} from {source} must be an int, got {value!r}") from None
+
+
+def _slurm_tasks(env: Mapping[str, str]) -> int:
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+        if name in env:
+            return _number("SLURM", name, env[name])
+    return 1
 
 
 def _slurm(env: Mapping[str, str]) -> dict[str, object]:
@@ -160,7 +171,7 @@ def _cloud_tpu(env: Mapping[str, str]) -> dict[str, object] | None:
     return {
         "coordinator": f"{first.split(':')[0]}:{TPU_PORT}",
         "count": count,
-        "index": before + int(index),
+        "index": before + _number("Cloud TPU", "TPU_WORKER_ID", index),
     }
 
 

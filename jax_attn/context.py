@@ -1,5 +1,6 @@
 """Attention over a sequence that is split over the devices of a mesh axis."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -142,9 +143,9 @@ def attend(
     Raises: ValueError without the mesh axis "context", or naming a letter that a mesh axis does not
       divide.
     """
-    inside = _inside()
+    within = inside()
     require(context)
-    size = _axis_size(context, CONTEXT) if inside else 1
+    size = _axis_size(context, CONTEXT) if within else 1
     call = checked(
         q_BTNH,
         k_BSKH,
@@ -159,9 +160,9 @@ def attend(
         dropout_rate,
         dropout_key,
         observe,
-        _many(context, size) if inside else None,
+        _many(context, size) if within else None,
     )
-    if inside:
+    if within:
         return attend_part(call, context, CONTEXT, (0, 0))
     queries = None if context == "split_kv" else CONTEXT
 
@@ -180,8 +181,10 @@ def attend(
 
 
 def require(context: str) -> None:
-    """Raise unless this is inside a `jax.shard_map`, or under a mesh, that has "context"."""
-    if not _inside() and CONTEXT not in jax.sharding.get_abstract_mesh().axis_names:
+    """Raise unless the name is one of a context, and this is inside a `jax.shard_map`, or under a
+    mesh, that has the axis "context"."""
+    _check(context)
+    if not inside() and CONTEXT not in jax.sharding.get_abstract_mesh().axis_names:
         raise ValueError(
             f"context={context!r} needs the mesh axis 'context': call under jax.set_mesh(mesh) "
             f"with such a mesh, or inside jax.shard_map over it"
@@ -198,7 +201,7 @@ def write(name: str, held: jax.Array, new: jax.Array, at: Any) -> jax.Array:
         index_T = jnp.where(index_T < 0, S, index_T)  # a negative index would count from the end
         return held.at[:, index_T].set(new.astype(held.dtype), mode="drop")
 
-    if _inside():
+    if inside():
         return part(held, new, at)
     return spread.change(part, name, {name: held, f"new_{name}": new}, at)
 
@@ -206,21 +209,52 @@ def write(name: str, held: jax.Array, new: jax.Array, at: Any) -> jax.Array:
 def length_of(cache: dict[str, jax.Array]) -> int:
     """Return S of a whole cache, of which this may be a device's part."""
     S = cache["k_BSKH"].shape[1]
-    return S * jax.lax.axis_size(CONTEXT) if _inside() else S
+    return S * jax.lax.axis_size(CONTEXT) if inside() else S
 
 
 def positions(context: str, T: int) -> jax.Array:
     """Return the positions, int32 [T], of the tokens at hand: of a device inside `jax.shard_map`,
     else of the whole sequence in its layout."""
-    inside, zigzag = _inside(), context == "zigzag"
-    if zigzag and not inside:
+    within, zigzag = inside(), context == "zigzag"
+    if zigzag and not within:
         return jnp.asarray(zigzag_order(T, jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1)))
-    if not inside or context == "split_kv":
+    if not within or context == "split_kv":
         return jnp.arange(T, dtype=jnp.int32)
     me, size = jax.lax.axis_index(CONTEXT), jax.lax.axis_size(CONTEXT)
     starts = ring.runs(me, size, T, zigzag)
     run = jnp.arange(T // len(starts))
     return (starts[:, None] + run[None]).reshape(-1).astype(jnp.int32)
+
+
+def key_positions(context: str, S: int) -> jax.Array:
+    """Return the positions, int32 [S], of the keys at hand, as `positions` does for queries."""
+    return positions("ring" if context == "split_kv" else context, S)
+
+
+def context_of(attend: Any) -> str | None:
+    """Read the context that is bound to a function, `partial(attention, context="ring")`."""
+    while isinstance(attend, partial):
+        if attend.keywords.get("context") is not None:
+            return attend.keywords["context"]
+        attend = attend.func
+    return None
+
+
+def token_positions(owner: str, attend: Any, T: int) -> jax.Array:
+    """Return the positions of the tokens at hand, int32 [T], by the context that `attend` has.
+
+    Raises: ValueError inside a `jax.shard_map` over "context" if `attend` does not say which.
+    """
+    context = context_of(attend)
+    if context is not None:
+        return positions(context, T)
+    if parted():
+        raise ValueError(
+            f"{owner} needs the positions of its tokens, and inside jax.shard_map over 'context' "
+            f"they follow from how tokens are laid out: bind it where it can be read, "
+            f"attend=partial(attention, context='ring')"
+        )
+    return jnp.arange(T, dtype=jnp.int32)
 
 
 def zigzag_order(T: int, devices: int) -> np.ndarray:
@@ -236,7 +270,7 @@ def zigzag_order(T: int, devices: int) -> np.ndarray:
       [0, 1, 6, 7, 2, 3, 4, 5]
     """
     for name, value in (("T", T), ("devices", devices)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise ValueError(f"zigzag_order: {name} must be an int >= 1, got {value!r}")
     if T % (2 * devices):
         raise ValueError(
@@ -251,7 +285,7 @@ def _many(context: str, size: int) -> dict[str, int]:
     return {"T": 1 if context == "split_kv" else size, "S": size}
 
 
-def _inside() -> bool:
+def inside() -> bool:
     """Say whether this is inside a `jax.shard_map` over the mesh axis "context"."""
     try:
         jax.lax.axis_size(CONTEXT)
@@ -260,10 +294,19 @@ def _inside() -> bool:
     return True
 
 
-def _axis_size(context: Any, axis: Any) -> int:
-    if context not in CONTEXTS:
+def parted() -> bool:
+    """Say whether this is inside a `jax.shard_map` in which a device has part of the sequence."""
+    return inside() and jax.lax.axis_size(CONTEXT) > 1
+
+
+def _check(context: Any) -> None:
+    if not isinstance(context, str) or context not in CONTEXTS:
         known = ", ".join(map(repr, CONTEXTS))
         raise ValueError(f"context must be one of {known}, got {context!r}")
+
+
+def _axis_size(context: Any, axis: Any) -> int:
+    _check(context)
     try:
         return jax.lax.axis_size(axis)
     except NameError as error:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jax_attn.mesh import require_auto
 from jax_attn.train import StepFn
 
 AXIS = "data"
@@ -29,6 +31,8 @@ def data_parallel(step: StepFn, mesh: Mesh, *, via: str = "shard_map") -> Callab
     Raises: ValueError naming `via`, or the mesh axis that is not 1; when it is called, naming the
       array of the batch whose first axis the devices do not divide, or if the step averages nothing
       over "data".
+    A step that is not `make_train_step`'s must average gradients over "data" by itself; only that
+    it averages something is checked.
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from jax_attn import make_mesh
@@ -52,6 +56,13 @@ def data_parallel(step: StepFn, mesh: Mesh, *, via: str = "shard_map") -> Callab
                 f"data_parallel: mesh axis {name!r} has size {size}, but the state is replicated "
                 f"and only {AXIS!r} may be larger than 1; use shard_step for the others"
             )
+    require_auto("data_parallel", mesh)
+    averaged = getattr(step, "axis", AXIS)  # a step of the caller's own is looked at below
+    if averaged != AXIS:
+        raise ValueError(
+            f"data_parallel: step averages over {averaged!r}; make it with "
+            f"make_train_step(..., axis={AXIS!r})"
+        )
     devices = list(mesh.devices.flat)
     if via == "pmap" and len({device.process_index for device in devices}) > 1:
         raise ValueError("via='pmap' maps one process's devices; the mesh has several processes'")
@@ -88,13 +99,16 @@ def data_parallel(step: StepFn, mesh: Mesh, *, via: str = "shard_map") -> Callab
     def parallel(state: Any, batch: Any, key: jax.Array) -> Any:
         n = len(devices)
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-            if not leaf.ndim or leaf.shape[0] % n:
+            shape = np.shape(leaf)
+            if not shape or not shape[0] or shape[0] % n:
                 raise ValueError(
-                    f"data_parallel: batch{jax.tree_util.keystr(path)} has shape {leaf.shape}, "
-                    f"whose first axis {n} devices do not divide"
+                    f"data_parallel: batch{jax.tree_util.keystr(path)} has shape {shape}, "
+                    f"whose first axis {n} devices do not divide; take a multiple of {n} rows"
                 )
         if via == "pmap":
             batch = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
         return run(state, batch, key)
 
+    if via == "shard_map":
+        parallel._cache_size = run._cache_size  # type: ignore[attr-defined]  # counts compiles
     return parallel

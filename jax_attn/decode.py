@@ -175,7 +175,9 @@ def generate(
             f"prompt_BT has T={sizes.T}, which with steps={steps} needs {fed} positions, but "
             f"position_TD has T={params['position_TD'].shape[0]}"
         )
-    cache = init_cache(params, sizes.B, fed)
+    # Room that devices can share evenly, where the cache is split over them.
+    share = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    cache = init_cache(params, sizes.B, -(-fed // share) * share)
     logits_BTV, cache = extend(params, prompt_BT, cache, model=model)
     keys = jax.random.split(jax.random.key(0) if key is None else key, steps)
 

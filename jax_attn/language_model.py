@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jax_attn.attention import attention
 from jax_attn.block import Init, Part, init_stack, stack
+from jax_attn.context import token_positions
 from jax_attn.intervene import Edit
 from jax_attn.masks import causal
 from jax_attn.mixing import static_mixer
@@ -92,6 +93,8 @@ def language_model(
       tokens_BT: int token ids. An id outside [0, V) gives NaN logits, never another token's.
       attend, mix, feed: the blocks' parts, see `block`; attention and mixer are causal by default,
         keep the mask when you bind options: `partial(attention, mask=causal(), rope=...)`.
+        Learned positions and dropout read `context` off a partial: tokens are split, or laid out
+        in another order, as it says.
       cache, q_offset: for decoding, see `jax_attn.decode`.
       intervene, dropout_rate, dropout_key, remat: see `stack`.
     Returns: (logits_BTV, aux); logits float32 or wider, aux as in `stack`.
@@ -125,7 +128,8 @@ def language_model(
         embed_VD = whole_width("VD", embed_VD)  # else a lookup gathers the table over V as well
         x_BTD = _rows(embed_VD, tokens_BT)
         if position_TD is not None:
-            x_BTD = x_BTD + _rows(position_TD, q_offset + jnp.arange(sizes.T))[None]
+            at_T = q_offset + token_positions("position_TD", attend, sizes.T)
+            x_BTD = x_BTD + _rows(position_TD, at_T)[None]
         x_BTD = whole_width("BTD", x_BTD)
     x_BTD, aux = stack(
         params["layers"],

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_attn.kernels import spread
 from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in, zeros
 from jax_attn.shapes import dims, floating
 
@@ -81,13 +82,39 @@ def mlp(params: Params, x_BTD: jax.Array, *, activation: str = "gelu") -> jax.Ar
     check_leaves("mlp", params, ("w_in_DF", "w_out_FD"), ("b_in_F", "b_out_D"))
     dims(x_BTD=x_BTD, **params)
     floating(x_BTD=x_BTD, **params)
-    with jax.named_scope("mlp"):
-        h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, params["w_in_DF"])
+
+    def feed(x_TD: jax.Array) -> jax.Array:
+        h_TF = jnp.einsum("TD,DF->TF", x_TD, params["w_in_DF"])
         if "b_in_F" in params:
-            h_BTF = h_BTF + params["b_in_F"][None, None]
-        h_BTF = activate(activation, h_BTF)
-        y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, params["w_out_FD"])
-        return y_BTD + params["b_out_D"][None, None] if "b_out_D" in params else y_BTD
+            h_TF = h_TF + params["b_in_F"][None]
+        h_TF = activate(activation, h_TF)
+        y_TD = jnp.einsum("TF,FD->TD", h_TF, params["w_out_FD"])
+        return y_TD + params["b_out_D"][None] if "b_out_D" in params else y_TD
+
+    with jax.named_scope("mlp"):
+        return each_token(feed, x_BTD)
+
+
+def each_token(feed: Callable[[jax.Array], jax.Array], x_BTD: jax.Array) -> jax.Array:
+    """Apply a function of tokens [T,D] to all of a batch.
+
+    As one long row of tokens, unless a mesh splits them by T: the gradient of a weight is then a
+    plain product of matrices. With B and T apart XLA fuses the nonlinearity into transposed copies
+    of what it sums over, which on a CPU takes longer than the products themselves.
+
+    Args:
+      feed: [T,D] -> [T,D] for any T.
+      x_BTD: tokens.
+    Returns: [B,T,D].
+    Example:
+      >>> each_token(lambda x_TD: 2 * x_TD, jnp.ones((2, 3, 5))).shape
+      (2, 3, 5)
+    """
+    found = spread.mesh()
+    if found is not None and found.shape.get(spread.CONTEXT, 1) > 1:
+        return jax.vmap(feed)(x_BTD)
+    B, T, D = x_BTD.shape
+    return feed(x_BTD.reshape(B * T, D)).reshape(B, T, D)
 
 
 def gated_mlp_leaves(D: int, F: int) -> Leaves:
@@ -135,7 +162,11 @@ def gated_mlp(params: Params, x_BTD: jax.Array, *, activation: str = "silu") -> 
     check_leaves("gated_mlp", params, ("w_gate_DF", "w_in_DF", "w_out_FD"))
     dims(x_BTD=x_BTD, **params)
     floating(x_BTD=x_BTD, **params)
+
+    def feed(x_TD: jax.Array) -> jax.Array:
+        gate_TF = jnp.einsum("TD,DF->TF", x_TD, params["w_gate_DF"])
+        h_TF = activate(activation, gate_TF) * jnp.einsum("TD,DF->TF", x_TD, params["w_in_DF"])
+        return jnp.einsum("TF,FD->TD", h_TF, params["w_out_FD"])
+
     with jax.named_scope("gated_mlp"):
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, params["w_gate_DF"])
-        h_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, params["w_in_DF"])
-        return jnp.einsum("BTF,FD->BTD", activate(activation, gate_BTF) * h_BTF, params["w_out_FD"])
+        return each_token(feed, x_BTD)

@@ -1,14 +1,18 @@
 """Mixture of experts: each token is processed by the k experts its router prefers; none dropped."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from jax_attn.kernels import spread
 from jax_attn.mlp import activate
 from jax_attn.params import Leaves, Params, check_leaves, draw, fan_in
-from jax_attn.shapes import dims, floating
+from jax_attn.shapes import axes, dims, floating
 
 
 class Routing(NamedTuple):
@@ -75,7 +79,9 @@ def moe(
         y = Σ_{x in top k of p} p_x · expert_x(token),  p = softmax(token · router)
 
     Tokens are sorted by expert and multiplied in groups (`jax.lax.ragged_dot`), so no token is
-    dropped whatever the load. The router runs in float32 or wider.
+    dropped whatever the load. The router runs in float32 or wider. Under `jax.set_mesh`, and so in
+    `shard_step`, a device routes its own tokens; with experts split over mesh axis "model" each
+    token goes to every device of it, and what they make is summed.
 
     Args:
       params: from `init_moe`; experts are gated if leaf w_gate_XDF is present.
@@ -98,18 +104,98 @@ def moe(
     if not isinstance(k, int | np.integer) or not 1 <= k <= sizes.X:
         raise ValueError(f"k must be an int from 1 to X={sizes.X} experts, got {k!r}")
 
+    run = partial(_run, k=k, renormalize=renormalize, activation=activation)
+    found = spread.mesh()
+    if found is None:
+        y_BTD, sums = run(params, x_BTD)
+    else:
+        y_BTD, sums = _spread(run, found, params, x_BTD)
+    tokens = jnp.maximum(sums.tokens, 1)  # no tokens: every statistic is 0, not NaN
+    load_X = sums.load_X / (k * tokens)
+    balance = sizes.X * jnp.sum(load_X * sums.probability_X) / tokens
+    return y_BTD, {"routing": Routing(balance, sums.router_z / tokens, load_X)}
+
+
+class _Sums(NamedTuple):
+    """What routing adds up over tokens."""
+
+    load_X: jax.Array
+    probability_X: jax.Array
+    router_z: jax.Array
+    tokens: jax.Array
+
+
+def _spread(
+    run: Callable[..., tuple[jax.Array, _Sums]], found: Any, params: Params, x_BTD: jax.Array
+) -> tuple[jax.Array, _Sums]:
+    """Let each device route its own tokens, to the experts that it holds, and add up.
+
+    Left to itself the compiler would sort the tokens of all devices, on each of them.
+    """
+    B, T, _ = x_BTD.shape
+    X = params["w_in_XDF"].shape[0]
+    batch = spread.larger(found, spread.BATCH) if B % spread.count(found, spread.BATCH) == 0 else ()
+    context = spread.larger(found, (spread.CONTEXT,))
+    context = context if context and T % spread.count(found, context) == 0 else ()
+    model = spread.larger(found, (spread.HEADS,))
+    if model and X % spread.count(found, model):
+        raise ValueError(
+            f"w_in_XDF has X={X}, which the {spread.count(found, model)} devices of mesh axis "
+            f"model do not divide; take a multiple"
+        )
+    tokens = (*(batch or ()), *context)
+
+    def part(params: Params, x_BTD: jax.Array) -> tuple[jax.Array, _Sums]:
+        mine = params["w_in_XDF"].shape[0]
+        first = jax.lax.axis_index(model) * mine if model else 0
+        y_BTD, sums = run(params, x_BTD, first=first, axis=model)
+        return (
+            jax.lax.psum(y_BTD, model) if model else y_BTD,
+            jax.tree.map(lambda x: jax.lax.psum(x, tokens) if tokens else x, sums),
+        )
+
+    specs = {
+        name: PartitionSpec(model) if axes(name).startswith("X") else PartitionSpec()
+        for name in params
+    }
+    place = PartitionSpec(batch or None, context or None)
+    mapped = jax.shard_map(
+        part, mesh=found, in_specs=(specs, place), out_specs=(place, PartitionSpec())
+    )
+    return mapped(params, x_BTD)
+
+
+def _run(
+    params: Params,
+    x_BTD: jax.Array,
+    *,
+    k: int,
+    renormalize: bool,
+    activation: str,
+    first: Any = 0,
+    axis: Any = None,
+) -> tuple[jax.Array, _Sums]:
+    """Route tokens among all experts, and process them by those at hand, which begin at `first`."""
+    D, X, mine = x_BTD.shape[-1], params["router_DX"].shape[1], params["w_in_XDF"].shape[0]
     with jax.named_scope("route"):
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         logits_BTX = jnp.einsum("BTD,DX->BTX", x_BTD.astype(wide), params["router_DX"].astype(wide))
-        logits = logits_BTX.reshape(-1, sizes.X)
+        logits = logits_BTX.reshape(-1, X)
         probability = jax.nn.softmax(logits, axis=-1)
         weight, expert = jax.lax.top_k(probability, k)
         if renormalize:
             weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-        # Rows of (token, choice) sorted by expert; stable, so the order is a function of x alone.
-        order = jnp.argsort(expert.reshape(-1), stable=True)
-        group_X = jnp.bincount(expert.reshape(-1), length=sizes.X).astype(jnp.int32)
-        load_X = group_X / max(expert.size, 1)
+        sums = _Sums(
+            jnp.bincount(expert.reshape(-1), length=X).astype(wide),
+            jnp.sum(probability, axis=0),
+            jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
+            jnp.sum(jnp.ones_like(logits[:, 0])),
+        )
+        # Rows of (token, choice) sorted by expert, those at hand first; stable, so the order is a
+        # function of x alone.
+        expert = (expert.reshape(-1) - first) % X
+        order = jnp.argsort(expert, stable=True)
+        group_X = jnp.bincount(expert, length=X).astype(jnp.int32)[:mine]
 
     # ragged_dot has no vmap over its rows alone. Tied to the groups the weights are batched along
     # with them; XLA knows that an int equals itself, so the tie is gone once compiled.
@@ -119,25 +205,22 @@ def moe(
         experts = jnp.where(tie_X[:, None, None], experts, jnp.zeros_like(experts))
         return jax.lax.ragged_dot(rows, experts, group_X)
 
+    # What rows of no group come out as, and their gradient, is not said anywhere: it is 0 here.
+    here = jnp.arange(expert.size)[:, None] < jnp.sum(group_X)
+
     with jax.named_scope("experts"):
-        rows = x_BTD.reshape(-1, sizes.D)[order // k]
+        own = x_BTD if axis is None else jax.lax.pcast(x_BTD, axis, to="varying")
+        rows = jnp.where(here, own.reshape(-1, D)[order // k], 0)
         hidden = grouped(rows, params["w_in_XDF"])
         if "w_gate_XDF" in params:
             gate = grouped(rows, params["w_gate_XDF"])
             hidden = activate(activation, gate) * hidden
         else:
             hidden = activate(activation, hidden)
-        made = grouped(hidden, params["w_out_XFD"])
+        made = jnp.where(here, grouped(hidden, params["w_out_XFD"]), 0)
         # Back to the order of the tokens by a gather, not a scatter-add: the sum over a token's
         # experts then has a fixed order, and the result is the same in every run.
         back = jnp.argsort(order)
-        made = made[back].reshape(-1, k, sizes.D)
+        made = made[back].reshape(-1, k, D)
         y = jnp.sum(made * weight[:, :, None].astype(made.dtype), axis=1)
-
-    tokens = max(logits.shape[0], 1)  # no tokens: every statistic is 0, not NaN
-    routing = Routing(
-        sizes.X * jnp.sum(load_X * jnp.sum(probability, axis=0)) / tokens,
-        jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1))) / tokens,
-        load_X,
-    )
-    return y.reshape(x_BTD.shape).astype(x_BTD.dtype), {"routing": routing}
+    return y.reshape(x_BTD.shape).astype(x_BTD.dtype), sums

@@ -18,11 +18,14 @@ Row = dict[str, Any]
 
 # Away from a terminal: lines printed in one run, one more for the last step.
 _PLAIN_LINES = 19
+_PLAIN_S = 60.0  # and one more where the last is older than this
 
 
 @contextlib.contextmanager
 def jsonl(
-    path: str | os.PathLike[str] | None, tags: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str] | None,
+    tags: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Iterator[Callable[..., None]]:
     """Append rows of metrics to a JSONL file: one JSON object a line, flushed at once.
 
@@ -32,6 +35,8 @@ def jsonl(
     Args:
       path: the file; its directory is made. None writes nothing.
       tags: constants that open every line.
+      tell: what gets a line when a row cannot be written, a full disk for example: rows are then
+        kept, and written before the next one that can be. None: the error is raised.
     Returns: a context manager that yields `write(row, again=False)`. With `again` a row is written
       unless the last call, of the same row, got as far as writing it before it was interrupted.
     Raises: OSError naming the file, before the first row.
@@ -47,42 +52,68 @@ def jsonl(
         yield lambda row, again=False: None
         return
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    with open(path, "ab+", buffering=0) as file:
         # A killed run may have left half a line: end it, so that only that line is lost.
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")
 
         tried: tuple[bytes, int] | None = None
+        kept: list[bytes] = []
 
         def write(row: Row, again: bool = False) -> None:
             nonlocal tried
             tagged = {**(tags or {}), **row}
             text = json.dumps({name: _json_value(v) for name, v in tagged.items()}, allow_nan=False)
             line, at = text.encode() + b"\n", file.seek(0, os.SEEK_END)
-            if not again or tried != (line, at):
-                tried = line, at + len(line)
-                file.write(line)
-            file.flush()
+            if again and tried == (line, at):
+                return
+            tried = line, at + sum(map(len, kept)) + len(line)
+            kept.append(line)
+            try:
+                rest = memoryview(b"".join(kept))
+                while rest:  # a disk that is nearly full takes a part
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                # Part of it may be there: the lines are written again, whole, after it is cut off.
+                with contextlib.suppress(OSError):
+                    file.truncate(at)
+                if tell is None:
+                    raise
+                if len(kept) == 1:
+                    tell(f"{path} cannot be written, training goes on: {error}")
+                return
+            kept.clear()
 
         yield write
+        if kept and tell is not None:
+            tell(f"{len(kept)} rows could not be written to {path}")
 
 
 @contextlib.contextmanager
 def display(
-    progress: rich.progress.Progress | None, title: str, start: int, steps: int
-) -> Iterator[Callable[[int, float, int, float], None]]:
-    """Show how far a run is: a bar on a terminal, else about 20 plain lines.
+    progress: rich.progress.Progress | None,
+    title: str,
+    start: int,
+    steps: int,
+    flops_per_step: float = 0.0,
+    peak_flops: float = 0.0,
+) -> Iterator[Callable[..., None]]:
+    """Show how far a run is: a bar on a terminal, else about 20 plain lines, or one a minute.
 
-    tokens/s leaves out the first step, which compiles, and evaluations; ETA leaves out the first
-    step.
+    tokens/s and MFU leave out the first step, which compiles, evaluations and saves; ETA leaves out
+    the first step.
+
+        MFU = flops_per_step / (seconds per step * peak_flops)
 
     Args:
       progress: a display that the caller starts and stops; None makes one for this run.
       title: what to call the run.
       start: updates already made.
       steps: updates in the whole run.
-    Returns: a context manager that yields
-      `show(updates made, loss, tokens in a step or 0, seconds spent evaluating)`.
+      flops_per_step: operations that the model needs for one update; 0: not shown.
+      peak_flops: what the devices can do in a second; 0 shows TFLOP/s instead of MFU.
+    Returns: a context manager that yields `show(updates made, loss, tokens in a step or 0, seconds
+      spent on evaluations and saves, learning rate or None)`.
     Example:
       >>> import sys
       >>> console = rich.console.Console(file=sys.stdout, force_interactive=False)
@@ -96,11 +127,21 @@ def display(
     task = None if plain else progress.add_task(title, total=steps, completed=start, status="")
     interval = -(-(steps - start) // _PLAIN_LINES)
     first: tuple[int, float, float] | None = None
+    printed: float | None = None
 
-    def show(made: int, loss: float, tokens_per_step: int, evaluating_s: float) -> None:
-        nonlocal first
+    def show(
+        made: int,
+        loss: float,
+        tokens_per_step: int,
+        evaluating_s: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        nonlocal first, printed
         now, status = time.perf_counter(), f"loss {loss:.4f}"
-        if first is None:
+        printed = now if printed is None else printed
+        if learning_rate is not None:
+            status += f"  lr {learning_rate:.2e}"
+        if first is None or made <= first[0]:  # the first, or one after a rollback
             first = made, now, evaluating_s
         else:
             since, wall_s = made - first[0], now - first[1]
@@ -108,10 +149,17 @@ def display(
             unit = "tokens" if tokens_per_step else "steps"
             left = datetime.timedelta(seconds=round(wall_s / since * (steps - made)))
             rate = since * (tokens_per_step or 1) / training_s
-            status += f"  {rate:,.{0 if rate >= 10 else 2}f} {unit}/s  ETA {left}"
+            status += f"  {rate:,.{0 if rate >= 10 else 2}f} {unit}/s"
+            done = flops_per_step * since / training_s
+            if peak_flops and done:
+                status += f"  MFU {done / peak_flops:.1%}"
+            elif done:
+                status += f"  {done / 1e12:.3g} TFLOP/s"
+            status += f"  ETA {left}"
         if task is not None:
             progress.update(task, completed=made, status=status)
-        elif (made - start - 1) % interval == 0 or made == steps:
+        elif (made - start - 1) % interval == 0 or made == steps or now - printed > _PLAIN_S:
+            printed = now
             line = f"{title}  step {made}/{steps}  {status}".strip()
             progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

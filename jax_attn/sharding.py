@@ -17,15 +17,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jax_attn.mesh import MESH_AXES, require_auto
 from jax_attn.shapes import ALPHABET, axes, spec
 from jax_attn.train import StepFn, TrainState
 
 PyTree = Any
 Rules = Mapping[str, str | tuple[str, ...] | None]
-
-MESH_AXES = ("data", "fsdp", "context", "model")
 
 PARAMS: Rules = {
     "D": "fsdp",
@@ -45,49 +45,6 @@ ACTIVATIONS: Rules = {
     "V": "model",
     "X": "model",
 }
-
-
-def make_mesh(
-    *,
-    data: int = 1,
-    fsdp: int = 1,
-    context: int = 1,
-    model: int = 1,
-    devices: Sequence[Any] | None = None,
-) -> Mesh:
-    """Arrange devices in a mesh that always has all four axes; one of size 1 costs nothing.
-
-    So every table of rules fits every mesh, and a mode is a size, not another program.
-
-    Args:
-      data: copies of the model, each with its own rows of the batch.
-      fsdp: shares of the model width D that parameters, gradients and the optimizer's state are
-        stored in; rows of the batch are split over it too.
-      context: shares of the sequence.
-      model: shares of heads, hidden width, vocabulary and experts.
-      devices: None takes all devices of all processes.
-    Returns: a Mesh with axes data, fsdp, context, model, in Auto mode.
-    Raises: ValueError naming an axis that is no int >= 1, or both numbers if the product of the
-      sizes is not the number of devices.
-    Example:
-      >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
-      {'data': 1, 'fsdp': 1, 'context': 1, 'model': 1}
-    """
-    sizes = dict(zip(MESH_AXES, (data, fsdp, context, model), strict=True))
-    for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"make_mesh: {name} must be an int >= 1, got {size!r}")
-    devices = jax.devices() if devices is None else list(devices)
-    product = math.prod(sizes.values())
-    if product != len(devices):
-        written = " * ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(
-            f"make_mesh: {written} is {product} but there are {len(devices)} devices; change a "
-            f"size or pass {product} of them as devices"
-        )
-    # Auto: in Explicit mode, the default, every operation would have to name its output's axes.
-    modes = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=modes, devices=devices)
 
 
 def specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = PARAMS) -> PyTree:
@@ -132,13 +89,21 @@ def specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = PARAMS) -> PyT
             return next(found, nowhere)
 
         kept = jax.tree_util.tree_map_with_path(beside, tree.opt_state)
-        return tree._replace(step=nowhere, params=params, opt_state=kept)
+        guard = jax.tree.map(lambda leaf: nowhere, tree.guard)
+        return tree._replace(step=nowhere, params=params, opt_state=kept, guard=guard)
+
+    _check_rules(rules, mesh)
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        name = _name(path)
-        return NamedSharding(
-            mesh, _spec(jax.tree_util.keystr(path), axes(name), leaf.shape, mesh, rules)
-        )
+        name, where = _name(path), jax.tree_util.keystr(path)
+        suffix = name.rpartition("_")[2]
+        if suffix.isalpha() and suffix.isupper() and "_" in name and not axes(name):
+            unknown = ", ".join(sorted(set(suffix) - set(ALPHABET)))
+            raise ValueError(
+                f"{where} ends in {suffix}, and {unknown} is no axis letter; they are "
+                f"{' '.join(ALPHABET)}"
+            )
+        return NamedSharding(mesh, _spec(where, axes(name), np.shape(leaf), mesh, rules))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -161,6 +126,7 @@ def shard_init(
     Example:
       >>> from functools import partial
       >>> from jax_attn import init_mlp
+      >>> from jax_attn import make_mesh
       >>> mesh = make_mesh(devices=jax.devices()[:1])
       >>> params = shard_init(partial(init_mlp, D=6, F=24), jax.random.key(0), mesh)
       >>> params["w_in_DF"].sharding.mesh.axis_names
@@ -183,6 +149,7 @@ def shard_step(step: StepFn, mesh: Mesh, rules: Rules = PARAMS) -> Any:
       in its name.
     Example:
       >>> import jax.numpy as jnp, optax
+      >>> from jax_attn import make_mesh
       >>> from jax_attn.train import init_state, make_train_step
       >>> def loss_fn(params, batch, key):
       ...     return jnp.square(batch["x_BD"] @ params["w_DF"]).mean(), {}
@@ -195,7 +162,19 @@ def shard_step(step: StepFn, mesh: Mesh, rules: Rules = PARAMS) -> Any:
       1
     """
 
+    require_auto("shard_step", mesh)
+    if getattr(step, "axis", None) is not None:
+        raise ValueError(
+            f"shard_step: step was made with axis={step.axis!r}, for data_parallel; here the "  # type: ignore[attr-defined]
+            f"compiler finds what to average: leave axis out"
+        )
+
     def placed(state: TrainState, batch: PyTree, key: jax.Array) -> Any:
+        if not isinstance(state, TrainState):
+            raise ValueError(
+                f"shard_step: state must be a TrainState, from init_state or shard_init, got "
+                f"{type(state).__name__}"
+            )
         hold = jax.lax.with_sharding_constraint
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             batch = hold(batch, _batch_specs("shard_step", batch, mesh))
@@ -214,24 +193,33 @@ def whole_width(letters: str, x: jax.Array) -> jax.Array:
     stream by D too, and every product would then be summed over the network.
 
     Args:
-      letters: axes of x; other letters than B, T, D are left to the compiler.
-      x: an array inside `shard_step`, or under `jax.set_mesh` of a mesh from `make_mesh`; without
-        such a mesh, and inside `shard_map` or `pmap`, it is returned as it is.
+      letters: axes of x; other letters than B, T, D are left to the compiler, and so are B and T
+        of a size that their mesh axes do not divide: one token that is decoded, one prompt.
+      x: an array inside `shard_step`, or in `jit` under `jax.set_mesh` of a mesh from `make_mesh`;
+        elsewhere, and inside `shard_map` or `pmap`, it is returned as it is.
     Returns: x.
-    Raises: ValueError naming the letter, its size and the mesh axis if the one does not divide the
-      other.
     Example:
       >>> whole_width("BTD", np.ones((2, 3, 5))).shape
       (2, 3, 5)
     """
+    if not isinstance(x, Tracer):
+        return x
     mesh = jax.sharding.get_abstract_mesh()
     if not set(MESH_AXES) <= set(mesh.axis_names) or AxisType.Manual in mesh.axis_types:
         return x
-    rules: Rules = {letter: ACTIVATIONS[letter] for letter in "BT"}
+    if AxisType.Explicit in mesh.axis_types:
+        return x
+    rules: dict[str, Any] = {}
+    for letter, size in zip(letters, x.shape, strict=True):
+        over = ACTIVATIONS[letter] if letter in "BT" else ()
+        over = (over,) if isinstance(over, str) else over or ()
+        if over and size % math.prod(mesh.shape[axis] for axis in over) == 0:
+            rules[letter] = over
     fixed = _spec(f"x_{letters}", letters, x.shape, mesh, rules)
     free = PartitionSpec.UNCONSTRAINED
     places = dict(zip(letters, fixed, strict=False))
-    parts = [places.get(letter) if letter in "BTD" else free for letter in letters]
+    known = {*rules, "D"}
+    parts = [places.get(letter) if letter in known else free for letter in letters]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
@@ -247,11 +235,14 @@ def global_batch(make: Callable[[range], PyTree], mesh: Mesh, *, B: int) -> PyTr
     Raises: ValueError naming an array whose axes do not start in B or that has another number of
       rows than it was asked for; as `specs`.
     Example:
+      >>> from jax_attn import make_mesh
       >>> mesh = make_mesh(devices=jax.devices()[:1])
       >>> make = lambda rows: {"x_BT": np.ones((len(rows), 3)) * np.array(rows)[:, None]}
       >>> global_batch(make, mesh, B=2)["x_BT"].tolist()
       [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
     """
+    if not isinstance(B, int | np.integer) or isinstance(B, bool) or B < 1:
+        raise ValueError(f"global_batch: B must be an int >= 1, got {B!r}")
     places = NamedSharding(mesh, _spec("global_batch: B", "B", (B,), mesh, ACTIVATIONS))
     indices = places.addressable_devices_indices_map((B,)).values()
     mine: list[range] = []
@@ -260,14 +251,15 @@ def global_batch(make: Callable[[range], PyTree], mesh: Mesh, *, B: int) -> PyTr
             rows = range(mine.pop().start, rows.stop)
         mine.append(rows)
     parts = [make(rows) for rows in mine]
-    local = jax.tree.map(lambda *part: np.concatenate(part), *parts)
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype), local)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(local):
-        if not axes(_name(path)).startswith("B"):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parts[0]):
+        if not axes(_name(path)).startswith("B") or not np.ndim(leaf):
             raise ValueError(
                 f"global_batch: {jax.tree_util.keystr(path) or 'the array'} needs a name whose "
                 f"axes start in B, such as {{'tokens_BT': ...}}"
             )
+    local = jax.tree.map(lambda *part: np.concatenate(part), *parts)
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype), local)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(local):
         if len(leaf) != sum(map(len, mine)):
             raise ValueError(
                 f"global_batch: {jax.tree_util.keystr(path)} has B={len(leaf)} but make was asked "
@@ -279,6 +271,25 @@ def global_batch(make: Callable[[range], PyTree], mesh: Mesh, *, B: int) -> PyTr
         local,
         whole,
     )
+
+
+def _check_rules(rules: Any, mesh: Mesh | AbstractMesh) -> None:
+    if not isinstance(rules, Mapping):
+        raise ValueError(f"rules must map letters to mesh axes, got {rules!r}")
+    for letter, over in rules.items():
+        if letter not in ALPHABET:
+            raise ValueError(f"rules: {letter!r} is no axis letter; they are {' '.join(ALPHABET)}")
+        names = (over,) if isinstance(over, str) else over if over is not None else ()
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"rules: {letter} must map to a mesh axis, a tuple of them or None, got {over!r}"
+            )
+        for name in names:
+            if name not in mesh.shape and name not in MESH_AXES:
+                raise ValueError(
+                    f"rules map {letter} to mesh axis {name!r}, but the mesh has "
+                    f"{', '.join(mesh.shape)}"
+                )
 
 
 def _batch_specs(owner: str, batch: PyTree, mesh: Mesh) -> PyTree:
@@ -328,8 +339,13 @@ def _spec(leaf: str, letters: str, shape: Sequence[int], mesh: Any, rules: Rules
         if size % share:
             raise ValueError(
                 f"{leaf} has {letter}={size} ({ALPHABET[letter]}), which mesh axis "
-                f"{' * '.join(over)}={share} does not divide; change one of them, or give rules "
-                f"with {{{letter!r}: None}}"
+                f"{' * '.join(over)}={share} does not divide; "
+                + (
+                    "take a multiple (of T + 1 tokens make inputs and targets first), or another "
+                    "mesh"
+                    if letter in "BTS"
+                    else f"change one of them, or give rules with {{{letter!r}: None}}"
+                )
             )
         taken |= set(over)
         mine[letter] = over[0] if len(over) == 1 else over or None

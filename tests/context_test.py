@@ -160,10 +160,8 @@ def assert_same(got: Any, rough: Any, want: Any) -> None:
         oracle.assert_within(name, a, b, w, floor)
 
 
-@pytest.mark.parametrize(
-    "context", [pytest.param(c, marks=pytest.mark.long if c == "ring" else ()) for c in CONTEXTS]
-)
-@pytest.mark.parametrize("options", [everything, plain, far])
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("options", [pytest.param(everything, marks=pytest.mark.long), plain, far])
 def test_the_same_as_one_device(context: str, options: Any) -> None:
     got = jit(partial(derive, partial(split, options, context)))(inputs())
     assert_same(got, *one_device(options, derive))
@@ -349,9 +347,12 @@ def test_attention_names_what_does_not_go_with_it(options: Any, says: str) -> No
         ({"context": 5}, "q_BTNH has T=24, which the 5 devices of mesh axis context do not divide"),
         (
             {"context": 2, "model": 3},
-            "q_BTNH has N=8, which the 3 devices of mesh axis model do not",
+            "q_BTNH has N=8 and k_BSKH has K=4, which the 3 devices of mesh axis model do not",
         ),
-        ({"data": 3, "context": 2}, "q_BTNH has B=2, which the 3 devices of mesh axis data do not"),
+        (
+            {"data": 3, "context": 2},
+            r"q_BTNH has B=2, which the 3 devices of mesh axes data \* fsdp do not divide",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_divide_is_named(sizes: dict[str, int], says: str) -> None:

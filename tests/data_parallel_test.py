@@ -88,8 +88,10 @@ def test_it_communicates_one_average_and_compiles_once(via: str) -> None:
 
 @pytest.mark.parametrize("via", VIAS)
 def test_a_step_that_averages_nothing_is_refused(via: str) -> None:
-    step_fn = a.data_parallel(
-        train.make_train_step(square, optax.sgd(0.1)), a.make_mesh(data=8), via=via
-    )
+    alone = train.make_train_step(square, optax.sgd(0.1))
+    mesh = a.make_mesh(data=8)
+    with pytest.raises(ValueError, match=r"averages over None; .*axis='data'"):
+        a.data_parallel(alone, mesh, via=via)
+    own = a.data_parallel(lambda state, batch, key: alone(state, batch, key), mesh, via=via)
     with pytest.raises(ValueError, match=r"averages nothing over 'data'.*axis='data'"):
-        step_fn(state(), BATCH, small.KEY)
+        own(state(), BATCH, small.KEY)

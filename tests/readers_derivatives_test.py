@@ -68,7 +68,10 @@ def plain(name, x):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, kind) for name in READERS for kind in ("gradient", "jvp")]
-    + [(name, "gradient of gradient") for name in ("links", "mass")],
+    + [
+        pytest.param(name, "gradient of gradient", marks=pytest.mark.long)
+        for name in ("links", "mass")
+    ],
 )
 def test_derivatives(name: str, kind: str) -> None:
     x, derive = inputs() | {"queries": QUERIES}, DERIVATIVES[kind]

@@ -50,9 +50,20 @@ MODES: list[tuple[dict[str, int], dict[str, int]]] = [
     ({"data": 8}, {"all-reduce": 20}),
     ({"fsdp": 8}, {"all-gather": 14, "all-reduce": 20}),
     ({"model": 8}, {"all-reduce": 13}),
+    ({"data": 4, "fsdp": 2}, {"all-gather": 14, "all-reduce": 26}),
     ({"data": 4, "model": 2}, {"all-reduce": 33}),
+    ({"data": 2, "model": 4}, {"all-reduce": 33}),
     ({"fsdp": 4, "model": 2}, {"all-gather": 14, "all-reduce": 33}),
+    ({"fsdp": 2, "model": 4}, {"all-gather": 14, "all-reduce": 33}),
     ({"data": 2, "fsdp": 2, "model": 2}, {"all-gather": 14, "all-reduce": 39}),
+]
+# The same with experts. With model, what a device's experts made is summed like a product with a
+# split matrix, and the router, split by experts, is gathered, forward and backward.
+EXPERTS: list[tuple[dict[str, int], dict[str, int]]] = [
+    ({"data": 8}, {"all-reduce": 21}),
+    ({"model": 8}, {"all-gather": 2, "all-reduce": 14}),
+    ({"fsdp": 2, "model": 4}, {"all-gather": 15, "all-reduce": 35}),
+    ({"data": 2, "fsdp": 2, "model": 2}, {"all-gather": 15, "all-reduce": 39}),
 ]
 
 
@@ -108,9 +119,9 @@ def undeclared(found: Counter[tuple[str, str]], params: Any, mesh: Any) -> set[s
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sizes", [{"model": 8}, {"fsdp": 2, "model": 4}], ids=["model", "both"])
-def test_experts_on_a_mesh(sizes: Any) -> None:
-    """How rows are sorted by expert is up to the compiler; matrices move over fsdp alone."""
+@pytest.mark.parametrize("mode", EXPERTS, ids=named)
+def test_experts_on_a_mesh(mode: Any) -> None:
+    sizes, declared = mode
     mesh = a.make_mesh(**sizes)
     losses, before, after = small.on_one_device(moe=True)
     state = jax.device_put(before, a.specs(before, mesh))
@@ -118,7 +129,9 @@ def test_experts_on_a_mesh(sizes: Any) -> None:
     got, state = small.run(step_fn, state)
     small.assert_close(got, losses)
     small.assert_close(state, after)
-    assert undeclared(traffic(step_fn.as_text()), state.params, mesh) == set()
+    found = traffic(step_fn.as_text())
+    assert totals(found) == declared
+    assert undeclared(found, state.params, mesh) == set()
 
 
 def test_a_gathered_weight_is_seen() -> None:
@@ -157,7 +170,7 @@ def test_a_deeper_model_is_no_larger_program() -> None:
         lowered = a.shard_step(small.make_step(), mesh).lower(state, small.rows(0), small.KEY)
         return len(lowered.as_text().splitlines())
 
-    assert lines(2) == lines(7)
+    assert lines(5) == lines(11)
 
 
 def test_init_in_place_draws_the_same_numbers() -> None:

@@ -20,7 +20,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.mark.long
+@pytest.mark.tpu
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x2", "v6e:2x4"])
 def test_a_step_compiles_for_a_slice(topology: str) -> None:

@@ -70,6 +70,7 @@ def test_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
     }
 
 
+@pytest.mark.long
 def test_readme_example_runs_where_only_the_wheel_is_installed(wheel: Path, tmp_path: Path) -> None:
     home, empty = tmp_path / "venv", tmp_path / "empty"
     empty.mkdir()

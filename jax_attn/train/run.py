@@ -1,0 +1,167 @@
+"""A run is a folder: metrics, checkpoints, and what made them; starting it again goes on."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_attn.train.checkpoint import Checkpoints, Tell, tell_stderr
+from jax_attn.train.provenance import agree, describe, differences, plain
+
+PyTree = Any
+
+_MINUTES_EVERY = 32  # steps between two questions of process 0's clock, with several processes
+
+
+class Run:
+    """Name the folder of a run, and when it saves.
+
+        FOLDER/metrics.jsonl   every row, as it comes
+        FOLDER/run.json        config, versions, code, git revision, devices of the last start
+        FOLDER/checkpoints/    steps, each with its manifest, see `Checkpoints`
+        FOLDER/profile/        what `fit(profile=...)` writes
+
+    Given to `fit`, a run saves at its last step, when it is asked to stop (SIGTERM, Ctrl-C: exit
+    code 75), and as said here; started again with the same folder it goes on where it saved, to the
+    bit. All processes give the same folder, on a disk or in a bucket that they share.
+
+    Args:
+      folder: made if it is not there.
+      save_every: steps between saves; 0: none by count.
+      save_minutes: minutes between saves; 0: none by the clock.
+      keep_last: how many of the newest steps stay.
+      best: a metric of `evaluate`, such as "eval/loss"; a step where it is less than ever before is
+        saved, and the best one stays.
+      config: a dataclass or mapping; kept in run.json and in every checkpoint. Going on with
+        another one is an error.
+      allow_config_change: go on all the same, after a line for each difference.
+      tell: what gets a line about each thing that went wrong; default: standard error.
+    Raises: ValueError naming the argument.
+    Example:
+      >>> Run("runs/example", save_every=1000, config={"D": 64}).metrics_path.as_posix()
+      'runs/example/metrics.jsonl'
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        save_every: int = 0,
+        save_minutes: float = 10.0,
+        keep_last: int = 3,
+        best: str | None = None,
+        config: Any = None,
+        allow_config_change: bool = False,
+        tell: Tell = tell_stderr,
+    ) -> None:
+        for name, value in (("save_every", save_every), ("save_minutes", save_minutes)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
+        if not os.fspath(folder):
+            raise ValueError("folder must name a folder, got ''")
+        self.folder = pathlib.Path(folder)
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", keep_last=keep_last, best=best, tell=tell
+        )
+        self.save_every, self.save_minutes = save_every, save_minutes
+        self.tell = tell
+        self.config, self.allow_config_change = plain(config), allow_config_change
+        self._said: dict[str, Any] = {}
+        self._saved_at, self._least = time.monotonic(), np.inf
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the folder for one training at a time; compare processes, and config with before.
+
+        Raises: ValueError naming a process that differs, or what changed in the config;
+          RuntimeError if another process trains here.
+        """
+        self._said = describe(self.config)
+        agree({name: self._said[name] for name in ("config", "versions", "code")})
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_lock(self.folder))
+                self.checkpoints.clear_incomplete()
+            self._compare()
+            if jax.process_index() == 0:
+                text = json.dumps(self._said, indent=1)
+                (self.folder / "run.json").write_text(text + "\n")
+            self._saved_at = time.monotonic()
+            try:
+                yield
+            finally:
+                self.checkpoints.wait()
+
+    def due(self, made: int) -> bool:
+        """Return whether to save after this many steps; every process asks about every step."""
+        if self.save_every and made % self.save_every == 0:
+            return True
+        if not self.save_minutes:
+            return False
+        late = time.monotonic() - self._saved_at > 60 * self.save_minutes
+        if jax.process_count() == 1:
+            return late
+        if made % _MINUTES_EVERY:
+            return False
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(late)))
+
+    def improves(self, metrics: Mapping[str, Any]) -> bool:
+        """Return whether an evaluation is the best so far, by the metric that `best` names."""
+        name = self.checkpoints.best
+        value = float(np.mean(metrics[name])) if name is not None and name in metrics else np.nan
+        better = value < self._least
+        self._least = value if better else self._least
+        return bool(better)
+
+    def save(self, step: int, state: PyTree, *, metrics: Mapping[str, Any]) -> None:
+        """Save in the background; see `Checkpoints.save`."""
+        self._saved_at = time.monotonic()
+        said = {**self._said, "metrics": {name: float(np.mean(v)) for name, v in metrics.items()}}
+        self.checkpoints.save(step, state, said=said)
+
+    def _compare(self) -> None:
+        steps = self.checkpoints.steps()
+        if not steps:
+            return
+        for step in steps:
+            metrics = (self.checkpoints.said(step) or {}).get("metrics", {})
+            self.improves({name: np.nan if v is None else v for name, v in metrics.items()})
+        told = [said for step in steps if (said := self.checkpoints.said(step)) is not None]
+        if not told:
+            return  # all are damaged, as the restore will say
+        before = told[-1]
+        changed = differences(self._said["config"], before.get("config", {}))
+        if changed and not self.allow_config_change:
+            raise ValueError(
+                f"{self.folder} was made with another config:\n  "
+                + "\n  ".join(changed)
+                + "\ngo on with the new one: allow_config_change=True (--allow-config-change); "
+                "or name another folder"
+            )
+        for what in ("versions", "code", "git", "devices", "processes"):
+            changed += differences(self._said[what], before.get(what), what)
+        for line in changed if jax.process_index() == 0 else ():
+            self.tell(f"{self.folder}: changed since step {before['step']}: {line}")
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[None]:
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is training in {folder}; name another") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
