@@ -33,29 +33,29 @@ def attend(
     (_, N, H), K, T = wq.shape, wk.shape[1], x.shape[1]
     # Each query head with its own copy of keys and values; their gradients are summed again below.
     group = np.arange(N) // (N // K)
-    q = np.einsum("btd,dnh->bnth", x, wq)
-    k = np.einsum("btd,dnh->bnth", x, wk[:, group])
-    v = np.einsum("btd,dne->bnte", x, wv[:, group])
+    q = np.einsum("BTD,DNH->BNTH", x, wq)
+    k = np.einsum("BTD,DNH->BNTH", x, wk[:, group])
+    v = np.einsum("BTD,DNE->BNTE", x, wv[:, group])
     s = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) / np.sqrt(H), -np.inf)
     p = np.exp(s - s.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     o = p @ v
-    y = np.einsum("bnte,ned->btd", o, wo)
+    y = np.einsum("BNTE,NED->BTD", o, wo)
 
-    do = np.einsum("btd,ned->bnte", dy, wo)
+    do = np.einsum("BTD,NED->BNTE", dy, wo)
     dp = do @ v.swapaxes(2, 3)
     ds = p * (dp - (dp * p).sum(-1, keepdims=True)) / np.sqrt(H)
     dq, dk, dv = ds @ k, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ do
-    dx = np.einsum("bnth,dnh->btd", dq, wq) + np.einsum("bnth,dnh->btd", dk, wk[:, group])
-    dx += np.einsum("bnte,dne->btd", dv, wv[:, group])
+    dx = np.einsum("BNTH,DNH->BTD", dq, wq) + np.einsum("BNTH,DNH->BTD", dk, wk[:, group])
+    dx += np.einsum("BNTE,DNE->BTD", dv, wv[:, group])
 
     def grouped(each: Array) -> Array:
         return each.reshape(each.shape[0], K, N // K, each.shape[2]).sum(2)
 
     return {"y": y}, {
         "x": dx,
-        "wq_DNH": np.einsum("btd,bnth->dnh", x, dq),
-        "wk_DKH": grouped(np.einsum("btd,bnth->dnh", x, dk)),
-        "wv_DKE": grouped(np.einsum("btd,bnte->dne", x, dv)),
-        "wo_NED": np.einsum("bnte,btd->ned", o, dy),
+        "wq_DNH": np.einsum("BTD,BNTH->DNH", x, dq),
+        "wk_DKH": grouped(np.einsum("BTD,BNTH->DNH", x, dk)),
+        "wv_DKE": grouped(np.einsum("BTD,BNTE->DNE", x, dv)),
+        "wo_NED": np.einsum("BNTE,BTD->NED", o, dy),
     }

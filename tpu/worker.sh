@@ -26,22 +26,24 @@ fail() {
   exit 1
 }
 
-# Copy standard input to a log that starts anew at so many bytes; three old ones stay. A full disk
-# loses lines, not the job.
+# Copy standard input to a log that starts anew at so many bytes, at the end of a line unless one is
+# longer; three old ones stay. A full disk loses lines, not the job.
 ROTATE='
 import os, sys
 path, limit = sys.argv[1], int(sys.argv[2])
 log = open(path, "ab", 0)
 while data := os.read(0, 65536):
     try:
-        log.write(data)
-        if log.tell() > limit and (data.endswith(b"\n") or log.tell() > 2 * limit):
+        end = data.rfind(b"\n") + 1
+        log.write(data[:end])
+        if log.tell() > limit and (end or log.tell() > 2 * limit):
             for i in (2, 1, 0):
                 old = f"{path}.{i}" if i else path
                 if os.path.exists(old):
                     os.replace(old, f"{path}.{i + 1}")
             log.close()
             log = open(path, "ab", 0)
+        log.write(data[end:])
     except OSError:
         pass
 '
