@@ -32,7 +32,7 @@ def estimate(kernel: str, target: str, **options: Any) -> _cycles_compile.Kernel
 def test_matmul_takes_the_known_cycles(target: str, expected: int, mxu: float | None) -> None:
     before = dict(os.environ)
     found = estimate("matmul", target)
-    assert found.cycles == pytest.approx(expected, rel=0.1)
+    assert found.cycles == pytest.approx(expected, rel=0.1), found.source
     if mxu is not None:
         assert found.mxu == pytest.approx(mxu, rel=0.1)
     assert dict(os.environ) == before

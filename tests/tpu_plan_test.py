@@ -303,7 +303,8 @@ def test_the_table_says_what_fits_and_what_does_not(capsys: Any, tmp_path: pathl
     refused = plan.Plan(find("v5e-16"), {"model": 16}, {"refused": "wq_DNH has N=12"})
     _plan_report.show([refused, made(False), made()], 3.0)
     said = capsys.readouterr().out
-    assert "does not fit: 1.00 GiB f32[8] here" in said
+    assert "does not fit: 20.00 GiB wanted on a device of 15.75" in said
+    assert "large: 1.00 GiB f32[8] here" in said
     assert "no plan: wq_DNH has N=12" in said
     _plan_report.draw(tmp_path / "a" / "plan.png", [refused, made(False), made()])
     assert (tmp_path / "a" / "plan.png").stat().st_size > 10_000

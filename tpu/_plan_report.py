@@ -101,7 +101,9 @@ def _tell(console: Console, one: "Plan") -> None:
     if one.why_not:
         lines.append(f"no plan: {one.why_not}")
     if one.facts.get("fits") is False:
-        lines += [f"does not fit: {x['bytes'] / GIB:.2f} GiB {x['shape']} {x['source']}"
+        used, limit = one.facts["used"] / GIB, one.facts["limit"] / GIB
+        lines.append(f"does not fit: {used:.2f} GiB wanted on a device of {limit:.2f}")
+        lines += [f"large: {x['bytes'] / GIB:.2f} GiB {x['shape']} {x['source']}"
                   for x in one.facts["largest"][:3]]  # fmt: skip
         lines.append(one.advice or "take more devices, a smaller batch or remat='full'")
     lines += [f"lint: {text}" for text in one.findings]

@@ -144,8 +144,12 @@ def read_error(text: str) -> dict[str, float] | None:
     Example:
       >>> read_error("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.")["limit"]
       16911433728.0
+      >>> read_error("HLO temporaries (577.29G) exceeds available HBM (15.75G).")["used"] > 6e11
+      True
     """
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", text)
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", text) or re.search(
+        r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", text
+    )
     if not found:
         return None
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
