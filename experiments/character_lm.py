@@ -35,7 +35,7 @@ from jax_attn import (
     init_language_model,
     init_mlp,
     language_model,
-    make_mesh,
+    read_mesh,
     rope,
     shard_init,
     shard_step,
@@ -220,20 +220,6 @@ def held_out(cfg: Config, text: data.Text, mesh: Any) -> Callable[[Any], dict[st
 def flops(cfg: Config, parameters: int) -> float:
     """Count the operations of a step: 6 a weight, 6 T D a layer for causal attention."""
     return cfg.B * cfg.T * (6 * parameters + 6 * cfg.L * cfg.T * cfg.D)
-
-
-def read_mesh(text: str) -> jax.sharding.Mesh:
-    """Make the mesh of "data=2,model=4"; nothing means all devices as data."""
-    sizes = dict.fromkeys(("data", "fsdp", "context", "model"), 1)
-    sizes["data"] = 1 if text else jax.device_count()
-    for part in text.split(",") if text else ():
-        name, equals, size = part.partition("=")
-        if name not in sizes or not equals or not size.isdigit():
-            raise ValueError(f"--mesh looks like data=2,fsdp=2,model=2, got {text!r}")
-        sizes[name] = int(size)
-    return make_mesh(
-        data=sizes["data"], fsdp=sizes["fsdp"], context=sizes["context"], model=sizes["model"]
-    )
 
 
 def read_profile(text: str) -> tuple[int, int] | None:

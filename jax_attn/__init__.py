@@ -35,7 +35,7 @@ from jax_attn.masks import (
     where,
     window,
 )
-from jax_attn.mesh import make_mesh
+from jax_attn.mesh import make_mesh, read_mesh
 from jax_attn.mixing import (
     init_static_mixer,
     init_token_mlp,
@@ -119,6 +119,7 @@ __all__ = [
     "norm",
     "prefix",
     "project_qkv",
+    "read_mesh",
     "readers",
     "rms_norm",
     "rope",

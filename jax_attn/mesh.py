@@ -56,6 +56,41 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=modes, devices=devices)
 
 
+def read_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """Make the mesh that a command line names.
+
+    Args:
+      text: sizes such as "data=2,model=4"; "" takes all devices as data.
+      devices: as for `make_mesh`.
+    Returns: the mesh.
+    Raises: ValueError showing what such a text looks like, or from `make_mesh`.
+    Example:
+      >>> dict(read_mesh("model=1", jax.devices()[:1]).shape)
+      {'data': 1, 'fsdp': 1, 'context': 1, 'model': 1}
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    if not text:
+        sizes["data"] = len(devices)
+    seen: set[str] = set()
+    for part in text.split(",") if text else ():
+        name, equals, size = part.partition("=")
+        if name not in MESH_AXES or name in seen or not equals or not size.isdecimal():
+            raise ValueError(
+                f"a mesh looks like data=2,fsdp=2,model=2, of {', '.join(MESH_AXES)}, each once; "
+                f"got {text!r}"
+            )
+        seen.add(name)
+        sizes[name] = int(size)
+    return make_mesh(
+        data=sizes["data"],
+        fsdp=sizes["fsdp"],
+        context=sizes["context"],
+        model=sizes["model"],
+        devices=devices,
+    )
+
+
 def require_auto(owner: str, mesh: Mesh | AbstractMesh) -> None:
     """Raise unless the compiler may split along all axes of a mesh.
 

@@ -30,6 +30,10 @@ BAD: list[Entry] = [
     (call(a.make_mesh, data=3), r"data=3 .*model=1 is 3 but there are 8 devices; .* pass 3"),
     (call(a.make_mesh, data=0), r"data must be an int >= 1, got 0"),
     (call(a.make_mesh, model=2.0), r"model must be an int >= 1, got 2.0"),
+    (call(a.read_mesh, "rows=8"), r"a mesh looks like .* got 'rows=8'"),
+    (call(a.read_mesh, "data=2,data=4"), r"each once; got 'data=2,data=4'"),
+    (call(a.read_mesh, "data=-8"), r"a mesh looks like .* got 'data=-8'"),
+    (call(a.read_mesh, "data=3"), r"data=3 .* is 3 but there are 8 devices"),
     (
         call(a.specs, {"layers": {"w_in_DF": x(2, 6, 24)}}, MESH),
         r"\['layers'\]\['w_in_DF'\] has F=24 .*mesh axis model=5 does not divide",
