@@ -94,7 +94,15 @@ def _first_largest(s):
     best = jnp.max(s, axis=-1)
     keys = jnp.arange(top.shape[-1], dtype=s.dtype).reshape(1, 1, 1, 1, -1)
     index = part * top.shape[-1] + keys
-    return best, jnp.min(jnp.where(top == best[..., None], index, jnp.inf), axis=-1)
+    first = jnp.min(jnp.where(top == best[..., None], index, jnp.inf), axis=-1)
+    # The compiler may round s differently on its way into `best` and into `top`; then no entry is
+    # equal. A reduction that carries index and number together cannot lose either, but is slower.
+    lost = (first == jnp.inf) & ~jnp.isnan(best)
+
+    def together():
+        return jnp.where(lost, jnp.argmax(s, axis=-1).astype(s.dtype), first)
+
+    return best, jax.lax.cond(jnp.any(lost), together, lambda: first)
 
 
 def _shifted(s, e, shift, total, holes: bool):
