@@ -22,6 +22,7 @@ def run(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_flow_writes_all_it_promises(run):
     names = {"report.html", "heads.html", "metrics.jsonl", "summary.json", "loss.png", "heads.png"}
     assert names <= {path.name for path in run.iterdir()}
@@ -32,12 +33,14 @@ def test_flow_writes_all_it_promises(run):
     assert all(len(row["grad_norm/attention"]) == 2 for row in steps)
 
 
+@pytest.mark.long
 def test_the_report_asks_the_network_for_nothing(run):
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert not any(word in page for word in ("http://", "https://", "<script", "<link"))
 
 
+@pytest.mark.long
 def test_exact_claims_hold_after_two_steps(run):
     claims = json.loads((run / "summary.json").read_text())["claims"]
     assert [claim["name"] for claim in claims] == [f"C{i}" for i in range(1, 11)]

@@ -4,11 +4,13 @@ Each function breaks `tests.fault_job` in one way `tries` times, and returns wha
 for every promise that was not kept. `faults_test.py` runs the same with few tries.
 """
 
+import functools
 import json
 import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,14 +85,17 @@ def stepped(out: pathlib.Path, least: int = 1) -> Callable[[], bool]:
     return look
 
 
-def whole(folder: pathlib.Path, options: dict[str, Any], devices: int = 4) -> str:
-    """Return the digest of a job that nothing befalls."""
-    return finish(start(folder / "whole", options, devices))[1]
+@functools.cache
+def whole(steps: int) -> str:
+    """Return the digest of a job of so many steps that nothing befalls."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"steps": steps, "save_every": 10**6}
+        return finish(start(pathlib.Path(folder, "whole"), options))[1]
 
 
 def kill(folder: pathlib.Path, tries: int) -> list[str]:
     """kill -9 at a random instant, again and again, then let it end"""
-    options = {"steps": 1000, "save_every": 3, "sleep_s": 0.004}
+    options = {"steps": 300, "save_every": 4, "sleep_s": 0.01}
     lost, out, random_ = [], folder / "killed", random.Random(0)
     for _ in range(tries):
         job = start(out, options)
@@ -105,10 +110,9 @@ def kill(folder: pathlib.Path, tries: int) -> list[str]:
         for step in steps:
             lost += [f"step {step}: {line}" for line in manifest.damage(checkpoints.at(step))]
         # Saves are made in the background, one at a time: each is at most a few behind.
-        if last > 60 and (not steps or steps[-1] < last - 400):
+        if last > 60 and (not steps or steps[-1] < last - 150):
             lost.append(f"killed after step {last}, but the last save is {steps[-1:]}")
-    expected = whole(folder, options)
-    if finish(start(out, options)) != (0, expected):
+    if finish(start(out, options)) != (0, whole(300)):
         lost.append("the state at the end is not that of a job that was never killed")
     return lost
 
@@ -123,11 +127,7 @@ def asked(signals: tuple[int, ...], when: str) -> Callable[[pathlib.Path, int], 
             "evaluating": {"eval_every": 150, "eval_s": 1.0},
             "compiling": {"compile_s": 2.0},
         }[when]
-        lost, random_, expected = (
-            [],
-            random.Random(1),
-            whole(folder, options | more | {"eval_s": 0}),
-        )
+        lost, random_, expected = [], random.Random(1), whole(300)
         for i in range(tries):
             out = folder / f"{when}{signals[0]}-{i}"
             job = start(out, options | more)
@@ -179,7 +179,7 @@ def twice(folder: pathlib.Path, tries: int) -> list[str]:
 def disk(name: str, text: str) -> Callable[[pathlib.Path, int], list[str]]:
     def fault(folder: pathlib.Path, tries: int) -> list[str]:
         options = {"steps": 120, "sleep_s": 0.02}
-        lost, expected = [], whole(folder, options)
+        lost, expected = [], whole(120)
         for i in range(tries):
             out = folder / f"{name}-{i}"
             begin = 40 + 7 * i
@@ -205,10 +205,10 @@ def damage(folder: pathlib.Path, tries: int) -> list[str]:
     """a bit flipped, a file cut, removed or swapped: set aside, the step before restored"""
     options: dict[str, Any] = {"steps": 40, "save_every": 10}
     lost, random_ = [], random.Random(2)
-    expected = whole(folder, options | {"steps": 50})
+    expected = whole(50)
+    finish(start(folder / "sound", options))
     for i in range(tries):
-        out = folder / f"damage-{i}"
-        finish(start(out, options))
+        out = shutil.copytree(folder / "sound", folder / f"damage-{i}")
         newest = Checkpoints(out / "checkpoints").at(40)
         files = sorted(p for p in pathlib.Path(newest, "state").rglob("*") if p.is_file())
         files = [path for path in files if path.stat().st_size]
