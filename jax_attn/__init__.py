@@ -24,6 +24,7 @@ from jax_attn.decode import extend, generate, init_cache, sample
 from jax_attn.dispatch import Explanation, explain, strict
 from jax_attn.dot_product import dense_weights, dot_product_attention
 from jax_attn.language_model import init_language_model, language_model
+from jax_attn.linear_attention import dpfp, linear_attention
 from jax_attn.masks import (
     Mask,
     causal,
@@ -89,6 +90,7 @@ __all__ = [
     "dense_weights",
     "dims",
     "dot_product_attention",
+    "dpfp",
     "draw",
     "explain",
     "extend",
@@ -111,6 +113,7 @@ __all__ = [
     "intervene",
     "language_model",
     "lengths",
+    "linear_attention",
     "make_mesh",
     "masks",
     "mean_of",

@@ -186,6 +186,13 @@ BAD: list[Entry] = [
     (call(a.moe, MOE, X, activation="none"), r"activation must be one of"),
     (call(a.moe, MOE | tree(router_DX=(6, 5)), X), r"w_in_XDF has X=4 but router_DX has X=5"),
     (call(a.moe, MOE, x(2, 6)), r"x_BTD needs rank 3"),
+    # linear attention
+    (call(a.linear_attention, Q, K, V[:, :, :1]), r"v_BSKE has K=1 but k_BSKH has K="),
+    (call(a.linear_attention, Q, K, V, causal=True), r"causal needs T = S: .*T=5, .*S=11"),
+    (call(a.linear_attention, Q, K, V, block=0), r"block must be an int >= 1, got 0"),
+    (call(a.linear_attention, Q, i(2, 11, 3, 4), V), r"k_BSKH"),
+    (call(a.dpfp, X, nu=0), r"nu must be an int from 1 to 11, got 0"),
+    (call(a.dpfp, X, nu=12), r"nu must be an int from 1 to 11, got 12"),
     # static mixers
     (call(a.init_static_mixer, KEY, 7, 2), r"N=2 must divide D=7"),
     (call(a.init_static_mixer, KEY, 6, 0), r"N=0 must divide D=6"),
