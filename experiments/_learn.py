@@ -94,7 +94,9 @@ def learn(
             specs(shapes, mesh, PARAMS),
         )
     with jax.set_mesh(mesh):
-        state = jax.jit(jax.vmap(start), out_shardings=places)(numbers)
+        # Draws run once, but optimising them takes XLA longer than compiling the step.
+        quickly = {"xla_backend_optimization_level": 0}
+        state = jax.jit(jax.vmap(start), out_shardings=places, compiler_options=quickly)(numbers)
         advance = jax.jit(jax.vmap(run, in_axes=(0, 0, None)), static_argnums=2, donate_argnums=0)
         look = jax.jit(jax.vmap(measure))
         found: list[dict[str, np.ndarray]] = []

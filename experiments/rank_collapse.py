@@ -1,0 +1,287 @@
+"""Why is there a skip beside attention: what is left of the tokens' differences after 12 layers?
+
+At random init, without training. Attention mixes, and mixing makes tokens alike: what is left of
+their differences, r = |x - mean of tokens| / |x| in the Frobenius norm, falls doubly exponentially
+through layers of attention alone, to a power of three at each (arXiv:2103.03404). An MLP without a
+skip beside attention does not stop that; the skip does. How well depends on the init: at variance
+1 / fan-in each layer adds as much as there is, and r falls slowly; at GPT-2's (deviation 0.02, what
+leads out of a part divided by sqrt(2 L)) it hardly falls. Each part reads its normed input.
+
+Command: python -m experiments.rank_collapse
+Minutes: less than 1 on 2 CPU cores; --preset=tpu has not been run yet
+Expected: log r of a layer is 3 times (2.4 to 3.6) that of the layer before, up to a constant, until
+  rounding ends it; with a skip r stays above 0.95 at layer 12 (arXiv:2103.03404, and small runs)
+Writes: runs/rank_collapse/summary.json, rank_collapse.png
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments import _findings
+from experiments._report import save
+from jax_attn import attention, init_attention, init_block, init_mlp, mlp, norm, read_mesh
+from jax_attn.command_line import check_positive, parse
+
+# Which parts there are, and whether what they make is added to what they read.
+KINDS = {
+    "attention": "attention",
+    "mlp": "attention, MLP",
+    "skip": "attention + skip",
+    "both": "attention + skip, MLP + skip",
+    "half": "attention, MLP + skip",
+}
+INITS = {"fan_in": "1 / fan-in", "gpt2": "GPT-2"}
+COLORS = {
+    **{"attention": "#D55E00", "mlp": "#E69F00", "half": "#CC79A7"},
+    **{"skip": "#0072B2", "both": "#009E73"},
+}
+# Below, differences of tokens are rounding: so many units in the last place.
+ROUNDING = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Layers, rows of tokens, tokens; widths belong to the precisions, see `SIZES`."""
+
+    L: int = 12
+    B: int = 8
+    T: int = 64
+    seeds: int = 3
+    mesh: str = ""
+    out: str = "runs/rank_collapse"
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "quick": {"seeds": 1},
+    "tpu": {"B": 64, "T": 512, "seeds": 8},
+}
+SIZES = {"float32": {"D": 768, "N": 12}, "float64": {"D": 64, "N": 4}}
+
+
+def check(cfg: Config) -> None:
+    """Refuse sizes that mean nothing, before anything is compiled."""
+    check_positive(cfg)
+    if cfg.T < 2:
+        raise ValueError(f"--T must be at least 2 for tokens to differ, got {cfg.T}")
+    if cfg.L < 4:
+        raise ValueError(f"--L must be at least 4 to see how fast differences fall, got {cfg.L}")
+    if not cfg.out:
+        raise ValueError("--out must name a folder")
+
+
+def draw(key: jax.Array, init: str, L: int, D: int, N: int, dtype: Any) -> Any:
+    """Draw one layer."""
+    params = init_block(
+        key,
+        D=D,
+        attention=partial(init_attention, D=D, N=N, dtype=dtype),
+        mlp=partial(init_mlp, D=D, F=4 * D, dtype=dtype),
+    )
+    if init == "fan_in":
+        return params
+
+    def small(path: Any, leaf: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if not name.startswith("w"):
+            return leaf
+        fan_in = math.prod(leaf.shape[:-1]) if name in ("wo_NED", "w_out_FD") else D
+        out = math.sqrt(2 * L) if name in ("wo_NED", "w_out_FD") else 1.0
+        return leaf * (0.02 * math.sqrt(fan_in) / out)
+
+    return jax.tree_util.tree_map_with_path(small, params)
+
+
+def layer(kind: str, params: Any, x_BTD: jax.Array) -> jax.Array:
+    """Run one layer without or with skips."""
+    y_BTD = attention(params["attention"], norm(params["attention_norm"], x_BTD))
+    x_BTD = x_BTD + y_BTD if kind in ("skip", "both") else y_BTD
+    if kind in ("attention", "skip"):
+        return x_BTD
+    y_BTD = mlp(params["mlp"], norm(params["mlp_norm"], x_BTD))
+    return y_BTD if kind == "mlp" else x_BTD + y_BTD
+
+
+def left_over(x_BTD: jax.Array) -> jax.Array:
+    """Measure what is left of the tokens' differences, [B]."""
+    apart_BTD = x_BTD - x_BTD.mean(axis=1, keepdims=True)
+    return jnp.linalg.norm(apart_BTD, axis=(1, 2)) / jnp.linalg.norm(x_BTD, axis=(1, 2))
+
+
+def through_layers(
+    cfg: Config, mesh: jax.sharding.Mesh, kind: str, init: str, precision: str
+) -> np.ndarray:
+    """Measure r before the first and after each layer, [seeds, L+1]: the mean of log r over rows.
+
+    Args:
+      cfg: sizes.
+      mesh: rows are split over data and fsdp.
+      kind, init, precision: of `KINDS`, `INITS`, `SIZES`.
+    Returns: r.
+    """
+    D, N, dtype = SIZES[precision]["D"], SIZES[precision]["N"], jnp.dtype(precision)
+    place = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+    def one(seed: jax.Array) -> jax.Array:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), seed), cfg.L + 1)
+        x_BTD = jax.random.normal(keys[-1], (cfg.B, cfg.T, D), dtype)
+        x_BTD = jax.lax.with_sharding_constraint(x_BTD, place)
+
+        def body(x_BTD: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x_BTD = layer(kind, draw(key, init, cfg.L, D, N, dtype), x_BTD)
+            return x_BTD, left_over(x_BTD)
+
+        _, r_LB = jax.lax.scan(body, x_BTD, keys[:-1])
+        r_LB = jnp.concatenate([left_over(x_BTD)[None], r_LB])
+        return jnp.exp(jnp.log(jnp.maximum(r_LB, jnp.finfo(dtype).tiny)).mean(1))
+
+    # One seed after the other: a layer of this width fills a CPU by itself.
+    run = jax.jit(one)
+    return np.stack([np.asarray(run(jnp.asarray(seed)), np.float64) for seed in range(cfg.seeds)])
+
+
+def slopes(r_SL: np.ndarray, precision: str) -> np.ndarray:
+    """Find the slope of log r of a layer against log r of the one before, [seeds].
+
+    Of the layers where r is below a half, as the law is one of small r, and above rounding.
+
+    Args:
+      r_SL: from `through_layers`.
+      precision: decides where rounding begins.
+    Returns: slopes by least squares; not a number where fewer than two layers are left.
+    """
+    least = ROUNDING * float(np.finfo(precision).eps)
+    found = []
+    for r_L in r_SL:
+        fits = (r_L[:-1] < 0.5) & (r_L[1:] > least)
+        before, after = np.log(r_L[:-1][fits]), np.log(r_L[1:][fits])
+        found.append(np.polyfit(before, after, 1)[0] if fits.sum() > 1 else np.nan)
+    return np.array(found)
+
+
+def verdicts(found: Mapping[tuple[str, str, str], np.ndarray]) -> list[_findings.Verdict]:
+    """Judge what is left.
+
+    Args:
+      found: r [seeds, L+1] by kind, init and precision.
+    Returns: verdicts.
+    """
+    paper = "arXiv:2103.03404"
+    cubes = slopes(found["attention", "fan_in", "float64"], "float64")
+    made = [
+        _findings.gate(
+            "attention alone: log r triples with each layer (float64, D = 64)",
+            cubes, least=2.4, most=3.6, source=paper,
+        ),
+    ]  # fmt: skip
+    for kind, text in (("attention", "attention alone"), ("mlp", "an MLP without skips"),
+                       ("half", "an MLP with a skip, attention without")):  # fmt: skip
+        made.append(
+            _findings.gate(
+                f"{text}: tokens are alike after the last layer (float32, D = 768)",
+                found[kind, "fan_in", "float32"][:, -1], most=1e-5, source=paper,
+            )
+        )  # fmt: skip
+    for init, title in INITS.items():
+        for kind in ("skip", "both"):
+            made.append(
+                _findings.gate(
+                    f"{KINDS[kind]}, init {title}: r stays above 0.95 (float32, D = 768)",
+                    found[kind, init, "float32"][:, -1], least=0.95, source=paper,
+                )
+            )  # fmt: skip
+    return made
+
+
+def figure(found: Mapping[tuple[str, str, str], np.ndarray]) -> matplotlib.figure.Figure:
+    """Draw r against depth for both precisions."""
+    made = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, precision in zip(made.subplots(1, 2, sharey=True), SIZES, strict=True):
+        floor = float(np.finfo(precision).eps)
+        for (kind, init, at), r_SL in found.items():
+            if at != precision:
+                continue
+            shown = np.maximum(r_SL, floor / 10)
+            style = "-" if init == "fan_in" else (0, (1, 1.5))
+            depth = np.arange(r_SL.shape[1])
+            axes.plot(depth, np.exp(np.log(shown).mean(0)), color=COLORS[kind], ls=style, lw=1.6)
+        axes.axhline(floor, color="#57606a", lw=0.8, ls=(0, (4, 3)))
+        axes.text(depth[-1], floor / 2, "rounding", color="#57606a", ha="right", va="top")
+        axes.set(yscale="log", xlabel="layer", ylim=(1e-17, 4))
+        axes.set_title(f"{precision}, D = {SIZES[precision]['D']}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    made.axes[0].set_ylabel("r: what is left of differences")
+    labels = [*((title, COLORS[kind]) for kind, title in KINDS.items())]
+    for i, (title, color) in enumerate([*labels, ("dotted: GPT-2's init", "#57606a")]):
+        y = 0.86 - 0.075 * i
+        made.axes[1].text(0.46, y, title, color=color, transform=made.axes[1].transAxes)
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, judge, write."""
+    began = time.perf_counter()
+    cfg = parse(Config, PRESETS, __doc__ or "", argv)
+    out = pathlib.Path(cfg.out)
+    try:
+        check(cfg)
+        mesh = read_mesh(cfg.mesh)
+        if cfg.B % mesh.size:
+            raise ValueError(f"--B={cfg.B} rows cannot be split over {mesh.size} devices")
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = {}
+    for precision in SIZES:
+        wide = jax.enable_x64(True) if precision == "float64" else contextlib.nullcontext()
+        for init in INITS:
+            for kind in KINDS if init == "fan_in" else ("skip", "both"):
+                print(f"{precision}, {INITS[init]}: {KINDS[kind]}", file=sys.stderr)
+                with wide:
+                    found[kind, init, precision] = through_layers(cfg, mesh, kind, init, precision)
+    table = [
+        {
+            "layer": KINDS[kind],
+            "init": INITS[init],
+            "precision": precision,
+            **{f"r, layer {i}": r_SL[:, i] for i in sorted({1, 2, 4, cfg.L})},
+        }
+        for (kind, init, precision), r_SL in found.items()
+    ]
+    save(figure(found), out / "rank_collapse.png")
+    caption = (
+        "What is left of the tokens' differences through layers at random init. Without a skip "
+        "beside attention it is gone after four layers, with an MLP or without."
+    )
+    _findings.write(
+        out,
+        __doc__ or "",
+        cfg,
+        table=table,
+        verdicts=verdicts(found),
+        figures=[_findings.Figure("rank_collapse.png", caption)],
+        began=began,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
