@@ -1,15 +1,19 @@
-"""List the experiments: each file's question, how long it takes and the command that runs it.
+"""List the experiments: each file's question, how long it takes, its command and its last verdicts.
+
+Verdicts are those of runs/NAME/summary.json in this folder, if there is one.
 
 Command: python -m experiments
 Minutes: 0
 """
 
 import ast
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
+RUNS = Path("runs")
 
 
 class Experiment(NamedTuple):
@@ -19,32 +23,53 @@ class Experiment(NamedTuple):
     question: str
     minutes: str
     command: str
+    last: str
 
 
-def read(path: Path) -> Experiment:
-    """Read an experiment's docstring, without importing the file."""
+def verdicts(path: Path) -> str:
+    """Count the verdicts in a summary.json: "5 hold, 1 do not, 2026-11-22"; "" without any."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        found = [one["holds"] for one in summary.get("verdicts") or summary.get("claims") or ()]
+        date = str(summary.get("date", ""))
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"({path} cannot be read)"
+    words = [
+        f"{found.count(value)} {word}"
+        for value, word in ((True, "hold"), (False, "do not"), (None, "undecided"))
+        if found.count(value)
+    ]
+    return ", ".join([*words, date]) if words else ""
+
+
+def read(path: Path, runs: Path = RUNS) -> Experiment:
+    """Read an experiment's docstring, without importing the file, and its last verdicts."""
     try:
         doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     except (SyntaxError, UnicodeDecodeError) as error:
-        return Experiment(path.stem, f"(cannot be read: {error})", "", "")
+        return Experiment(path.stem, f"(cannot be read: {error})", "", "", "")
     lines = [line.strip() for line in (doc or "").splitlines()]
 
     def field(key: str) -> str:
         return next((line[len(key) :].strip() for line in lines if line.startswith(key)), "")
 
     question = lines[0] if lines else "(no docstring)"
-    return Experiment(path.stem, question, field("Minutes:"), field("Command:"))
+    last = verdicts(runs / path.stem / "summary.json")
+    return Experiment(path.stem, question, field("Minutes:"), field("Command:"), last)
 
 
-def find(folder: Path = FOLDER) -> list[Experiment]:
+def find(folder: Path = FOLDER, runs: Path = RUNS) -> list[Experiment]:
     """Read every experiment in a folder, in the order of their names."""
-    return [read(path) for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")]
+    paths = sorted(folder.glob("*.py"))
+    return [read(path, runs) for path in paths if not path.name.startswith("_")]
 
 
 def plain(rows: list[Experiment]) -> str:
-    """Aligned lines for a pipe or a file: name, minutes, command, question."""
-    cells = [("experiment", "minutes", "command", "question")]
-    cells += [(r.name, r.minutes or "-", r.command or "-", r.question) for r in rows]
+    """Aligned lines for a pipe or a file: name, minutes, command, verdicts, question."""
+    cells = [("experiment", "minutes", "command", "last verdicts", "question")]
+    cells += [(r.name, r.minutes or "-", r.command or "-", r.last or "-", r.question) for r in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)][:-1]
     return "\n".join(
         "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]])
@@ -66,6 +91,8 @@ def table(rows: list[Experiment]) -> None:
         text = Text(row.question)
         if row.command:
             text.append(f"\n{row.command}", style="cyan")
+        if row.last:
+            text.append(f"\n{row.last}", style="green")
         out.add_row(Text(row.name), text, Text(row.minutes))
     Console().print(out)
 

@@ -1,5 +1,6 @@
 """`python -m experiments` answers without importing anything it lists."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,25 @@ def folder(tmp_path: Path) -> Path:
 
 def test_reads_question_command_and_minutes(folder: Path) -> None:
     broken, focus, silent = listing.find(folder)
-    assert focus == ("focus", "Does [attention] focus?", "2", "python -m experiments.focus")
-    assert silent == ("silent", "(no docstring)", "", "")
+    assert focus == ("focus", "Does [attention] focus?", "2", "python -m experiments.focus", "")
+    assert silent == ("silent", "(no docstring)", "", "", "")
     assert broken.question.startswith("(cannot be read: ")
+
+
+def test_last_verdicts_are_counted(folder: Path, tmp_path: Path) -> None:
+    (summary := tmp_path / "runs" / "focus" / "summary.json").parent.mkdir(parents=True)
+
+    def said(text: str) -> str:
+        summary.write_text(text)
+        return listing.find(folder, tmp_path / "runs")[1].last
+
+    held = [{"holds": value} for value in (True, False, None, True)]
+    told = json.dumps({"verdicts": held, "date": "2026-11-22"})
+    assert said(told) == "2 hold, 1 do not, 1 undecided, 2026-11-22"
+    assert said(told.replace("verdicts", "claims")) == "2 hold, 1 do not, 1 undecided, 2026-11-22"
+    assert said("{}") == ""
+    for broken in ("", "[]", '{"verdicts": [1]}', '{"verdicts": 1}'):
+        assert said(broken).endswith("focus/summary.json cannot be read)")
 
 
 def test_plain_lines_align(folder: Path) -> None:
@@ -60,7 +77,7 @@ def test_unknown_argument_is_one_line_and_status_2(capsys: pytest.CaptureFixture
 
 def test_every_experiment_says_what_it_asks_and_costs() -> None:
     for row in listing.find():
-        assert all(row), f"experiments/{row.name}.py needs a question, Command: and Minutes:"
+        assert all(row[:4]), f"experiments/{row.name}.py needs a question, Command: and Minutes:"
 
 
 def test_runs_without_jax() -> None:
