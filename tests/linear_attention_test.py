@@ -31,9 +31,9 @@ def rolled(x: np.ndarray, nu: int) -> np.ndarray:
 def oracle(q: Any, k: Any, v: Any, phi: Any, *, causal: bool, normalize: bool) -> np.ndarray:
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     k, v = np.repeat(k, G, axis=2), np.repeat(v, G, axis=2)
-    s = np.einsum("btnh,bsnh->bnts", phi(q), phi(k))
+    s = np.einsum("BTNH,BSNH->BNTS", phi(q), phi(k))
     s = s * np.tri(*s.shape[2:]) if causal else s
-    y = np.einsum("bnts,bsne->btne", s, v)
+    y = np.einsum("BNTS,BSNE->BTNE", s, v)
     total = s.sum(-1).transpose(0, 2, 1)[..., None]
     return np.divide(y, total, out=np.zeros_like(y), where=total != 0) if normalize else y
 
