@@ -38,6 +38,7 @@ def written(out, arguments):
     return summary, [json.loads(line) for line in lines]
 
 
+@pytest.mark.long
 def test_writes_all_it_promises(tmp_path, one_device, capsys):
     summary, rows = written(tmp_path, ["--rungs=attention", "--without_mlp=false"])
     assert len(summary["figures"]) == 2
