@@ -30,7 +30,8 @@ does not fit also says what would. --experiment=M means --step=M:plan_step.
 
 --mesh is data=..,fsdp=..,context=..,model=..; without it fsdp takes all devices. --search tries
 every way to spread the devices over --axes and ranks them. --prices=FILE is JSON of dollars per
-chip and hour, {"v5e": 1.2}. Compiles are kept in --cache by the program, libtpu and flags.
+chip and hour, {"v5e": 1.2}. Compiles are kept in --cache by the program, libtpu and flags. --jobs
+are compiled at a time, each in 1 to 3 GB.
 
 Columns: HBM used of what there is, on the fullest device; compute, HBM and network seconds of a
 step, and the part of the network that no work hides (bare); the step, from perfect overlap to none;
@@ -38,6 +39,8 @@ MFU; tokens a second; dollars for a billion tokens.
 Exit status: 0 all fit, 1 something does not, 2 wrong arguments, 130 Ctrl-C.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -48,6 +51,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -83,6 +87,11 @@ class Config:
     picture: str = ""
     cache: str = ".cache/tpu-plan"
     limit_s: float = 900.0
+    jobs: int = 2
+
+
+_running: set[subprocess.Popen[str]] = set()
+_stopping = threading.Event()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,17 +171,37 @@ def ask(
         asked, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
         asked.write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "tpu._plan_child", str(asked), str(answer)]
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=cfg.limit_s
-            )
-        except subprocess.TimeoutExpired:
-            return {"failed": f"no answer within --limit_s={cfg.limit_s:g} seconds"}
+        with _started(command, environment) as process:
+            try:
+                _, errors = process.communicate(timeout=cfg.limit_s)
+            except subprocess.TimeoutExpired:
+                return {"failed": f"no answer within --limit_s={cfg.limit_s:g} seconds"}
         if not answer.exists():
-            last = [line for line in done.stderr.splitlines() if line.strip()]
+            last = [line for line in errors.splitlines() if line.strip()]
             said = last[-1][:200] if last else "it said nothing"
-            return {"failed": f"the compiler's process ended with {done.returncode}: {said}"}
+            return {"failed": f"the compiler's process ended with {process.returncode}: {said}"}
         return json.loads(answer.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a process that does not outlive the block, nor a Ctrl-C in another thread."""
+    if _stopping.is_set():
+        raise KeyboardInterrupt
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    _running.add(process)
+    try:
+        if _stopping.is_set():
+            raise KeyboardInterrupt
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+        _running.discard(process)
 
 
 def conclude(
@@ -252,8 +281,8 @@ def check(cfg: Config) -> list[Slice]:
         raise ValueError(f"--step looks like module:function, got {cfg.step!r}")
     if cfg.search and cfg.mesh:
         raise ValueError("--mesh names one mesh, --search tries all: give one of them")
-    if cfg.batch < 0 or cfg.limit_s <= 0:
-        raise ValueError("--batch must be at least 0 and --limit_s above 0")
+    if cfg.batch < 0 or cfg.limit_s <= 0 or cfg.jobs < 1:
+        raise ValueError("--batch must be at least 0, --limit_s above 0, --jobs at least 1")
     found = [find(name) for name in cfg.target.split(",")]
     if several := [one.name for one in found if one.slices > 1]:
         raise ValueError(f"--target={several[0]}: one slice at a time; plan it as {several[0][2:]}")
@@ -276,17 +305,29 @@ def read_prices(path: str) -> dict[str, float]:
 
 
 def plans(cfg: Config, preset: str, targets: Sequence[Slice]) -> Iterator[Plan]:
-    """Plan for every target and mesh, one at a time."""
+    """Plan for every target and mesh, --jobs at a time, and yield them in their order."""
     prices = read_prices(cfg.prices)
     options = {"preset": preset or None, "batch": cfg.batch or None, "remat": cfg.remat or None}
-    for slice_ in targets:
-        for mesh in meshes(cfg, slice_):
-            facts = ask(cfg, options, slice_, mesh)
-            made = conclude(facts, slice_, mesh, prices)
-            if facts.get("fits") is False and cfg.fit and not cfg.search:
-                advice = what_fits(cfg, options, slice_, mesh, facts)
-                made = dataclasses.replace(made, advice=advice)
-            yield made
+
+    def one(asked: tuple[Slice, dict[str, int]]) -> Plan:
+        slice_, mesh = asked
+        facts = ask(cfg, options, slice_, mesh)
+        made = conclude(facts, slice_, mesh, prices)
+        if facts.get("fits") is False and cfg.fit and not cfg.search:
+            advice = what_fits(cfg, options, slice_, mesh, facts)
+            made = dataclasses.replace(made, advice=advice)
+        return made
+
+    every = [(slice_, mesh) for slice_ in targets for mesh in meshes(cfg, slice_)]
+    _stopping.clear()
+    with concurrent.futures.ThreadPoolExecutor(cfg.jobs) as pool:
+        try:
+            yield from pool.map(one, every)
+        finally:  # all are done, or nobody waits for the others
+            _stopping.set()
+            for process in list(_running):
+                process.kill()
+            pool.shutdown(cancel_futures=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
