@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from tpu import plan
+from tpu import plan, topology
 
 pytestmark = [
     pytest.mark.tpu,
@@ -18,6 +21,7 @@ pytestmark = [
     ),
 ]
 CHIPS = "v5e-4"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def planned(tmp_path: pathlib.Path, status: int, *arguments: str) -> list[dict[str, Any]]:
@@ -25,6 +29,39 @@ def planned(tmp_path: pathlib.Path, status: int, *arguments: str) -> list[dict[s
     given = [f"--json={out}", f"--cache={tmp_path / 'cache'}", *arguments]
     assert plan.main(given) == status
     return json.loads(out.read_text())
+
+
+def test_libtpu_knows_as_many_devices() -> None:
+    """Devices, hosts and places of each generation's slices are those of the compiler."""
+    names = ["v4-8", "v5e-1", "v5e-8", "v5e-16", "v5p-16", "v6e-8", "v6e-256", "tpu7x-8"]
+    code = (
+        "import json, sys\n"
+        "from tpu._plan_child import describe_slice\n"
+        "from tpu.topology import find\n"
+        "for name in sys.argv[1:]:\n"
+        "    devices = describe_slice(find(name)).devices\n"
+        "    ends = [max(d.coords[i] for d in devices) + 1 for i in range(3)]\n"
+        "    hosts = len({d.process_index for d in devices})\n"
+        "    print(json.dumps([len(devices), hosts, ends]))\n"
+    )
+    asked = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names],
+        env=os.environ | asked, cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
+        found = topology.find(name)
+        shape = [*found.shape, 1, 1][:3]
+        assert json.loads(line) == [found.devices, found.hosts, shape], name
+
+
+def test_meshes_are_ranked(tmp_path: pathlib.Path) -> None:
+    step = "--step=tests.planned_step:plan_step"
+    made = planned(tmp_path, 0, step, f"--target={CHIPS}", "--search", "--axes=data,fsdp")
+    assert {(row["mesh"]["data"], row["mesh"]["fsdp"]) for row in made} == {(1, 4), (2, 2), (4, 1)}
+    times = [row["estimate"]["step"] for row in made]
+    assert times == sorted(times)
 
 
 def test_a_step_is_planned_and_kept(tmp_path: pathlib.Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import textwrap
 from typing import Any
 
 import jax
@@ -312,3 +313,15 @@ def test_the_table_says_what_fits_and_what_does_not(capsys: Any, tmp_path: pathl
     rows = json.loads((tmp_path / "plan.json").read_text())
     assert [row.get("fits") for row in rows] == [True, False, None]
     assert rows[0]["estimate"]["compute"] == 1.0
+
+
+def test_the_example_of_a_step_of_ones_own_is_one() -> None:
+    """As it stands in the help: it is traced for a mesh of the CPU's devices."""
+    text = (plan.__doc__ or "").split("  # mine.py\n")[1].split("\n--mesh is")[0]
+    lines = textwrap.dedent(text).strip().splitlines()
+    assert len(lines) <= 20
+    mine: dict[str, Any] = {}
+    exec(compile("\n".join(lines), "mine.py", "exec"), mine)
+    step, arguments, tokens = mine["plan_step"](ja.make_mesh(fsdp=8), batch=16)
+    assert tokens == 16 * 2048
+    assert step.trace(*arguments).jaxpr.jaxpr.outvars

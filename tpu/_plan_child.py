@@ -46,16 +46,19 @@ def load(step: str) -> Callable[..., Any]:
         raise ValueError(f"--step={step}: {module} has no function {name}") from None
 
 
-def build(request: dict[str, Any], slice_: Slice) -> tuple[Any, Any, Any, Any, int]:
-    """Call the step's function for the mesh of a slice that nobody has rented."""
+def describe_slice(slice_: Slice) -> Any:
+    """Ask libtpu for the devices of a slice that nobody has rented."""
     extra: dict[str, Any] = (
         {"chip_config_name": "megacore"} if slice_.generation.name == "v4" else {}
     )
     if slice_.chips_per_host == 8:
         extra["chips_per_host_bounds"] = [2, 4, 1]
-    described = topologies.get_topology_desc(
-        platform="tpu", topology_name=slice_.compiler_name, **extra
-    )
+    return topologies.get_topology_desc(platform="tpu", topology_name=slice_.compiler_name, **extra)
+
+
+def build(request: dict[str, Any], slice_: Slice) -> tuple[Any, Any, Any, Any, int]:
+    """Call the step's function for the mesh of a slice that nobody has rented."""
+    described = describe_slice(slice_)
     function = load(request["step"])
     mesh = make_mesh(**request["mesh"], devices=described.devices)
     takes = inspect.signature(function).parameters
