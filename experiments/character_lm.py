@@ -5,8 +5,8 @@ A small causal model (RoPE, GELU, tied embedding) on the bytes of Python's stand
 same --out it goes on where it had saved, to the bit; SIGTERM and Ctrl-C save and exit with 75.
 
 Command: python -m experiments.character_lm --out=runs/character_lm
-Minutes: about 1 on 2 CPU cores; --preset=wide about 12; --preset=tpu has not been run yet
-Expected: held-out loss about 1.7 nats a byte after 2,000 steps
+Minutes: 3 on 2 CPU cores; --preset=wide more than 12; --preset=tpu has not been run yet
+Expected: held-out loss about 1.41 nats a byte after 2,000 steps
 Writes: OUT/metrics.jsonl, run.json, checkpoints/; curves: python -m jax_attn.train.report OUT
 """
 
