@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import pathlib
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,6 +134,19 @@ def write(
         line = f"               measured {v.measured}; expected {v.expected}"
         console.print(line, highlight=False, markup=False)
     console.print(f"wrote {out / 'summary.json'} in {summary['seconds']:.0f} s", highlight=False)
+
+
+def script(main: Callable[[], int]) -> None:
+    """Run an experiment as a script: exit with its status, or with 130 after Ctrl-C.
+
+    Args:
+      main: returns the status.
+    """
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        print("stopped; what was measured so far is in the run's folder", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _plain(value: Any) -> Any:

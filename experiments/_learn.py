@@ -1,7 +1,7 @@
 """Training of small models, all seeds at once: `vmap` over seeds, `scan` over steps.
 
 For data that a device can draw by itself. Seeds share one compiled program, and a dispatch makes
-many steps, so that three seeds of a small model cost little more than one.
+many steps.
 """
 
 import json

@@ -40,7 +40,7 @@ import matplotlib.figure
 import numpy as np
 import optax
 
-from experiments._findings import Figure, Verdict, gate, write
+from experiments._findings import Figure, Verdict, gate, script, write
 from experiments._learn import Learned, learn
 from experiments._report import save
 from jax_attn import (
@@ -392,8 +392,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except KeyboardInterrupt:
-        print("stopped; the steps made so far are in metrics.jsonl", file=sys.stderr)
-        raise SystemExit(130) from None
+    script(main)

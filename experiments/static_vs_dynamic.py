@@ -371,8 +371,4 @@ def rows_of(
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except KeyboardInterrupt:
-        print("stopped; the steps made so far are in metrics.jsonl", file=sys.stderr)
-        raise SystemExit(130) from None
+    _findings.script(main)

@@ -19,7 +19,7 @@ from jax_attn import (
     where,
 )
 from jax_attn.compile import build
-from jax_attn.kernels import blockwise, native, program
+from jax_attn.kernels import blockwise, columns, native, program
 from tests.attention_cases import QUICK
 
 jit = partial(jax.jit, compiler_options=QUICK)
@@ -286,3 +286,12 @@ def test_numpy_arrays_take_the_dtype_that_jax_gives_them(recwarn) -> None:
     out = dot_product_attention(x, x, x, bias_BNTS=bias, mask=causal())
     assert out.dtype == jnp.float32
     assert not recwarn
+
+
+def test_the_largest_key_is_found_where_its_logit_is_rounded_in_two_ways(monkeypatch) -> None:
+    """As on a CPU where each copy of a logit is contracted otherwise: no entry is the maximum."""
+    s = random(1, 2, 3, 5, 16).at[0, 0, 0, 0].set(-jnp.inf)
+    exact = jnp.max
+    monkeypatch.setattr(jnp, "max", lambda s, axis: exact(s, axis=axis) * (1 + 2**-22))
+    _, first = columns._first_largest(s)
+    np.testing.assert_array_equal(first, jnp.argmax(s, axis=-1))

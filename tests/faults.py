@@ -95,7 +95,9 @@ def whole(steps: int) -> str:
 
 def kill(folder: pathlib.Path, tries: int) -> list[str]:
     """kill -9 at a random instant, again and again, then let it end"""
-    options = {"steps": 300, "save_every": 4, "sleep_s": 0.01}
+    # A hundred steps a second at most, killed within one: it never comes to its end.
+    steps_in_all = 100 * (tries + 2)
+    options = {"steps": steps_in_all, "save_every": 4, "sleep_s": 0.01}
     lost, out, random_ = [], folder / "killed", random.Random(0)
     for _ in range(tries):
         job = start(out, options)
@@ -112,7 +114,7 @@ def kill(folder: pathlib.Path, tries: int) -> list[str]:
         # Saves are made in the background, one at a time: each is at most a few behind.
         if last > 60 and (not steps or steps[-1] < last - 150):
             lost.append(f"killed after step {last}, but the last save is {steps[-1:]}")
-    if finish(start(out, options)) != (0, whole(300)):
+    if finish(start(out, options)) != (0, whole(steps_in_all)):
         lost.append("the state at the end is not that of a job that was never killed")
     return lost
 
