@@ -6,14 +6,18 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 import rich.box
 import rich.console
 import rich.table
 
 from experiments._report import environment
+from jax_attn.command_line import parse
+
+Config = TypeVar("Config", bound=Any)
 
 WORDS = {True: "holds", False: "does not hold", None: "undecided"}
 
@@ -89,38 +93,64 @@ class Figure(NamedTuple):
     caption: str
 
 
-def write(
-    out: pathlib.Path,
+class Answer(NamedTuple):
+    """What an experiment found: rows of a table, verdicts and pictures, in reading order."""
+
+    table: Sequence[Mapping[str, Any]]
+    """Rows of like keys; a list or array is a number for each seed."""
+    verdicts: Sequence[Verdict]
+    figures: Sequence[Figure]
+
+
+def run(
     doc: str,
-    cfg: Any,
-    *,
-    table: Sequence[Mapping[str, Any]],
-    verdicts: Sequence[Verdict],
-    figures: Sequence[Figure],
-    began: float,
-) -> None:
-    """Write summary.json, and print its table and verdicts.
+    config: type[Config],
+    presets: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str] | None,
+    check: Callable[[Config], jax.sharding.Mesh],
+    find: Callable[[Config, jax.sharding.Mesh, pathlib.Path], Answer],
+) -> int:
+    """Run an experiment: read its command line, measure, write summary.json, print what it says.
 
     Args:
-      out: the folder; must be there.
       doc: the experiment's docstring; its first line is the question.
-      cfg: its config, a dataclass.
-      table: rows of like keys; a list or array is a number for each seed.
-      verdicts, figures: in reading order.
-      began: time.perf_counter() at its start.
+      config: dataclass with `out`, the folder to write to.
+      presets, argv: as for `jax_attn.command_line.parse`.
+      check: config -> mesh; raises ValueError for what cannot be run, before anything is written.
+      find: config, mesh and folder -> answer; metrics.jsonl is not there when it begins.
+    Returns: exit status: 0 whatever the verdicts are, 2 for a wrong argument.
     """
-    rows = [{k: _plain(v) for k, v in row.items()} for row in table]
+    began = time.perf_counter()
+    cfg = parse(config, presets, doc, argv)
+    out = pathlib.Path(cfg.out)
+    try:
+        if not cfg.out:
+            raise ValueError("--out must name a folder")
+        mesh = check(cfg)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    answer = find(cfg, mesh, out)
     summary = {
         "question": doc.strip().splitlines()[0],
         "config": dataclasses.asdict(cfg),
         **environment(),
-        "table": rows,
-        "verdicts": [{**v._asdict(), "verdict": WORDS[v.holds]} for v in verdicts],
-        "figures": [figure._asdict() for figure in figures],
+        "table": [{k: _plain(v) for k, v in row.items()} for row in answer.table],
+        "verdicts": [{**v._asdict(), "verdict": WORDS[v.holds]} for v in answer.verdicts],
+        "figures": [figure._asdict() for figure in answer.figures],
         "seconds": round(time.perf_counter() - began, 1),
     }
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
     (out / "summary.json").write_text(text + "\n", encoding="utf-8")
+    show(summary["table"], answer.verdicts)
+    print(f"wrote {out / 'summary.json'} in {summary['seconds']:.0f} s")
+    return 0
+
+
+def show(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict]) -> None:
+    """Print a table and verdicts."""
     console = rich.console.Console()
     shown = rich.table.Table(box=rich.box.SIMPLE)
     for i, name in enumerate(rows[0] if rows else ()):
@@ -133,7 +163,6 @@ def write(
         console.print(f"[{style}]{WORDS[v.holds].upper():>13}[/]  {v.statement}", highlight=False)
         line = f"               measured {v.measured}; expected {v.expected}"
         console.print(line, highlight=False, markup=False)
-    console.print(f"wrote {out / 'summary.json'} in {summary['seconds']:.0f} s", highlight=False)
 
 
 def script(main: Callable[[], int]) -> None:

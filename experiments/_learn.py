@@ -124,6 +124,22 @@ def learn(
     return Learned(state.params, found)
 
 
+def check_rows(mesh: jax.sharding.Mesh, rows: Mapping[str, int]) -> None:
+    """Refuse numbers of rows that the devices do not divide.
+
+    Args:
+      mesh: rows are split over data and fsdp.
+      rows: how many, by the name of the option that says so.
+    Raises: ValueError naming the option and both numbers.
+    """
+    share = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, number in rows.items():
+        if number % share:
+            raise ValueError(
+                f"--{name}={number} rows cannot be split over {share} devices; see --mesh"
+            )
+
+
 def first(tree: Any, seed: int = 0) -> Any:
     """Take one seed of a tree.
 

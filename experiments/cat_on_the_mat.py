@@ -16,8 +16,6 @@ Writes: runs/cat_on_the_mat/summary.json, metrics.jsonl, cat_on_the_mat.png
 import dataclasses
 import math
 import pathlib
-import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -44,7 +42,7 @@ from jax_attn import (
     static_mixer,
     train,
 )
-from jax_attn.command_line import check_positive, parse
+from jax_attn.command_line import check_positive
 from jax_attn.report import training_progress
 
 SENTENCE = ("the", "cat", "sat", "on", "the", "mat")
@@ -76,15 +74,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config) -> jax.sharding.Mesh:
     """Refuse sizes that mean nothing, before anything is compiled."""
     check_positive(cfg)
     if cfg.D % cfg.N:
         raise ValueError(f"--N={cfg.N} heads must divide --D={cfg.D}")
     if not cfg.learning_rate > 0:
         raise ValueError(f"--learning_rate must be above 0, got {cfg.learning_rate}")
-    if not cfg.out:
-        raise ValueError("--out must name a folder")
+    if cfg.mesh not in ("", "data=1"):
+        raise ValueError(f"--mesh: one sentence is not split over devices, got {cfg.mesh!r}")
+    return read_mesh("data=1", jax.devices()[:1])
 
 
 def models(cfg: Config) -> dict[str, Callable[[jax.Array], Any]]:
@@ -188,21 +187,8 @@ def figure(learned: Mapping[str, Learned]) -> matplotlib.figure.Figure:
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train, judge, write."""
-    began = time.perf_counter()
-    cfg = parse(Config, PRESETS, __doc__ or "", argv)
-    out = pathlib.Path(cfg.out)
-    try:
-        check(cfg)
-        if cfg.mesh not in ("", "data=1"):
-            raise ValueError(f"--mesh: one sentence is not split over devices, got {cfg.mesh!r}")
-        mesh = read_mesh("data=1", jax.devices()[:1])
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.Answer:
+    """Train, judge, draw."""
     tokens_BT = sentence()
     learned = {}
     with training_progress() as progress:
@@ -237,16 +223,16 @@ def main(argv: list[str] | None = None) -> int:
         "Loss of one layer on one sentence, and what it expects after each “the”: a mean of the "
         "words before does what attention does."
     )
-    _findings.write(
-        out,
-        __doc__ or "",
-        cfg,
+    return _findings.Answer(
         table=table,
         verdicts=verdicts(losses),
         figures=[_findings.Figure("cat_on_the_mat.png", caption)],
-        began=began,
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit status is 0 whatever the verdicts are."""
+    return _findings.run(__doc__ or "", Config, PRESETS, argv, check, find)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ Writes: runs/fast_weights/summary.json, metrics.jsonl, fast_weights.png
 
 import dataclasses
 import pathlib
-import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -31,7 +29,7 @@ from experiments import _findings
 from experiments._learn import learn
 from experiments._report import save
 from jax_attn import dot_product_attention, dpfp, linear_attention, read_mesh
-from jax_attn.command_line import check_positive, parse
+from jax_attn.command_line import check_positive
 from jax_attn.report import training_progress
 
 # Name: title, features for each dimension of a key (None: no bound), colour.
@@ -63,16 +61,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def sizes(cfg: Config) -> list[int]:
-    """Read the numbers of keys; refuse what means nothing."""
+def check(cfg: Config) -> jax.sharding.Mesh:
+    """Refuse what means nothing."""
     check_positive(cfg)
+    sizes(cfg)
+    if not cfg.learning_rate > 0:
+        raise ValueError(f"--learning_rate must be above 0, got {cfg.learning_rate}")
+    if cfg.mesh not in ("", "data=1"):
+        raise ValueError(f"--mesh: one context is not split over devices, got {cfg.mesh!r}")
+    return read_mesh("data=1", jax.devices()[:1])
+
+
+def sizes(cfg: Config) -> list[int]:
+    """Read the numbers of keys."""
     words = cfg.keys.split(",")
     if not all(word.isdecimal() and int(word) > 1 for word in words):
         raise ValueError(f"--keys looks like 8,16,32, each at least 2; got {cfg.keys!r}")
-    if not cfg.learning_rate > 0:
-        raise ValueError(f"--learning_rate must be above 0, got {cfg.learning_rate}")
-    if not cfg.out:
-        raise ValueError("--out must name a folder")
     return sorted({int(word) for word in words})
 
 
@@ -153,21 +157,9 @@ def figure(H: int, found: Mapping[tuple[str, int], Any]) -> matplotlib.figure.Fi
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train, judge, write."""
-    began = time.perf_counter()
-    cfg = parse(Config, PRESETS, __doc__ or "", argv)
-    out = pathlib.Path(cfg.out)
-    try:
-        every = sizes(cfg)
-        if cfg.mesh not in ("", "data=1"):
-            raise ValueError(f"--mesh: one context is not split over devices, got {cfg.mesh!r}")
-        mesh = read_mesh("data=1", jax.devices()[:1])
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    except (ValueError, OSError) as wrong:
-        print(f"error: {wrong}", file=sys.stderr)
-        return 2
+def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.Answer:
+    """Train, judge, draw."""
+    every = sizes(cfg)
     found: dict[tuple[str, int], Any] = {}
     with training_progress() as progress:
         for way, (title, _, _) in WAYS.items():
@@ -200,16 +192,16 @@ def main(argv: list[str] | None = None) -> int:
         f"Error of answers against the number of keys (H = {cfg.H}, {cfg.seeds} seeds). A matrix "
         "of d features holds d keys; softmax has no such limit."
     )
-    _findings.write(
-        out,
-        __doc__ or "",
-        cfg,
+    return _findings.Answer(
         table=table,
         verdicts=verdicts(cfg.H, found),
         figures=[_findings.Figure("fast_weights.png", caption)],
-        began=began,
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit status is 0 whatever the verdicts are."""
+    return _findings.run(__doc__ or "", Config, PRESETS, argv, check, find)
 
 
 if __name__ == "__main__":

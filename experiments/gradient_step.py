@@ -14,8 +14,6 @@ Writes: runs/gradient_step/summary.json, metrics.jsonl, gradient_step.png
 
 import dataclasses
 import pathlib
-import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -30,7 +28,7 @@ from experiments import _findings
 from experiments._learn import Learned, first, learn
 from experiments._report import save
 from jax_attn import draw, linear_attention, read_mesh
-from jax_attn.command_line import check_positive, parse
+from jax_attn.command_line import check_positive
 from jax_attn.params import normal
 from jax_attn.report import training_progress
 
@@ -59,16 +57,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def sizes(cfg: Config) -> list[int]:
-    """Read the numbers of pairs; refuse what means nothing."""
+def check(cfg: Config) -> jax.sharding.Mesh:
+    """Refuse what means nothing."""
     check_positive(cfg)
+    sizes(cfg)
+    if not cfg.learning_rate > 0:
+        raise ValueError(f"--learning_rate must be above 0, got {cfg.learning_rate}")
+    mesh = read_mesh(cfg.mesh)
+    if cfg.B % mesh.size:
+        raise ValueError(f"--B={cfg.B} contexts cannot be split over {mesh.size} devices")
+    return mesh
+
+
+def sizes(cfg: Config) -> list[int]:
+    """Read the numbers of pairs."""
     words = cfg.pairs.split(",")
     if not all(word.isdecimal() and int(word) for word in words) or len(words) > len(COLORS):
         raise ValueError(f"--pairs looks like 10,20,40, at most {len(COLORS)}; got {cfg.pairs!r}")
-    if not cfg.learning_rate > 0:
-        raise ValueError(f"--learning_rate must be above 0, got {cfg.learning_rate}")
-    if not cfg.out:
-        raise ValueError("--out must name a folder")
     return sorted({int(word) for word in words})
 
 
@@ -192,21 +197,9 @@ def figure(cfg: Config, learned: Mapping[int, Learned]) -> matplotlib.figure.Fig
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train, judge, write."""
-    began = time.perf_counter()
-    cfg = parse(Config, PRESETS, __doc__ or "", argv)
-    out = pathlib.Path(cfg.out)
-    try:
-        every = sizes(cfg)
-        mesh = read_mesh(cfg.mesh)
-        if cfg.B % mesh.size:
-            raise ValueError(f"--B={cfg.B} contexts cannot be split over {mesh.size} devices")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    except (ValueError, OSError) as wrong:
-        print(f"error: {wrong}", file=sys.stderr)
-        return 2
+def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.Answer:
+    """Train, judge, draw."""
+    every = sizes(cfg)
     learned = {}
     with training_progress() as progress:
         for N in every:
@@ -243,16 +236,16 @@ def main(argv: list[str] | None = None) -> int:
         "error of one step of gradient descent, and gives its answers (right: 400 contexts each, "
         "seed 0)."
     )
-    _findings.write(
-        out,
-        __doc__ or "",
-        cfg,
+    return _findings.Answer(
         table=table,
         verdicts=verdicts(cfg.d, found),
         figures=[_findings.Figure("gradient_step.png", caption)],
-        began=began,
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit status is 0 whatever the verdicts are."""
+    return _findings.run(__doc__ or "", Config, PRESETS, argv, check, find)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,6 @@ Writes: runs/induction/summary.json, metrics.jsonl, induction.png
 import dataclasses
 import math
 import pathlib
-import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,8 +36,8 @@ import matplotlib.figure
 import numpy as np
 import optax
 
-from experiments._findings import Figure, Verdict, gate, script, write
-from experiments._learn import Learned, learn
+from experiments._findings import Answer, Figure, Verdict, gate, run, script
+from experiments._learn import Learned, check_rows, learn
 from experiments._report import save
 from jax_attn import (
     Mask,
@@ -61,7 +59,7 @@ from jax_attn import (
     strict,
     train,
 )
-from jax_attn.command_line import check_positive, parse
+from jax_attn.command_line import check_positive
 from jax_attn.report import training_progress
 
 FROZEN = ("wq_DNH", "wk_DKH")
@@ -134,7 +132,7 @@ class Follows:
         return (s > 0) & (s <= t) & ((t + 1 - s) % self.period_B[b] == 0)
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config) -> jax.sharding.Mesh:
     """Refuse sizes that mean nothing, before anything is compiled."""
     check_positive(cfg)
     if not cfg.learning_rate > 0:
@@ -149,15 +147,11 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--L must be at least 2, got {cfg.L}: one layer is a model of its own")
     if cfg.D % cfg.N or cfg.D // cfg.N % 2:
         raise ValueError(f"--N={cfg.N} heads must divide --D={cfg.D} into even widths, for RoPE")
-    if not cfg.out:
-        raise ValueError("--out must name a folder")
     mesh = read_mesh(cfg.mesh)
-    share = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name, rows in (("B", cfg.B), ("looked", cfg.looked)):
-        if rows % share:
-            raise ValueError(f"--{name}={rows} rows cannot be split over {share} devices")
+    check_rows(mesh, {"B": cfg.B, "looked": cfg.looked})
     for model in models(cfg).values():
         specs(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    return mesh
 
 
 def models(cfg: Config) -> dict[str, Model]:
@@ -326,18 +320,8 @@ def figure(cfg: Config, learned: Mapping[str, Learned]) -> matplotlib.figure.Fig
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train, judge, write."""
-    began = time.perf_counter()
-    cfg = parse(Config, PRESETS, __doc__ or "", argv)
-    out = pathlib.Path(cfg.out)
-    try:
-        check(cfg)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
+    """Train, judge, draw."""
     made, learned = models(cfg), {}
     with training_progress() as progress:
         for name, model in made.items():
@@ -350,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
                 steps=model.steps,
                 every=cfg.every,
                 measure=partial(measure, cfg, model.attend),
-                mesh=read_mesh(cfg.mesh),
+                mesh=mesh,
                 progress=progress,
                 title=model.title,
                 log=out / "metrics.jsonl",
@@ -379,16 +363,16 @@ def main(argv: list[str] | None = None) -> int:
         "on the part of the row that repeats. Dashed: a head that looks at all tokens alike, a "
         "model that knows nothing."
     )
-    write(
-        out,
-        __doc__ or "",
-        cfg,
+    return Answer(
         table=table,
         verdicts=verdicts(scores),
         figures=[Figure("induction.png", caption)],
-        began=began,
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit status is 0 whatever the verdicts are."""
+    return run(__doc__ or "", Config, PRESETS, argv, check, find)
 
 
 if __name__ == "__main__":

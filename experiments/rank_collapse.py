@@ -19,7 +19,6 @@ import dataclasses
 import math
 import pathlib
 import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -33,7 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import _findings
 from experiments._report import save
 from jax_attn import attention, init_attention, init_block, init_mlp, mlp, norm, read_mesh
-from jax_attn.command_line import check_positive, parse
+from jax_attn.command_line import check_positive
 
 # Which parts there are, and whether what they make is added to what they read.
 KINDS = {
@@ -72,15 +71,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 SIZES = {"float32": {"D": 768, "N": 12}, "float64": {"D": 64, "N": 4}}
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config) -> jax.sharding.Mesh:
     """Refuse sizes that mean nothing, before anything is compiled."""
     check_positive(cfg)
     if cfg.T < 2:
         raise ValueError(f"--T must be at least 2 for tokens to differ, got {cfg.T}")
     if cfg.L < 4:
         raise ValueError(f"--L must be at least 4 to see how fast differences fall, got {cfg.L}")
-    if not cfg.out:
-        raise ValueError("--out must name a folder")
+    mesh = read_mesh(cfg.mesh)
+    if cfg.B % mesh.size:
+        raise ValueError(f"--B={cfg.B} rows cannot be split over {mesh.size} devices")
+    return mesh
 
 
 def draw(key: jax.Array, init: str, L: int, D: int, N: int, dtype: Any) -> Any:
@@ -231,20 +232,8 @@ def figure(found: Mapping[tuple[str, str, str], np.ndarray]) -> matplotlib.figur
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, judge, write."""
-    began = time.perf_counter()
-    cfg = parse(Config, PRESETS, __doc__ or "", argv)
-    out = pathlib.Path(cfg.out)
-    try:
-        check(cfg)
-        mesh = read_mesh(cfg.mesh)
-        if cfg.B % mesh.size:
-            raise ValueError(f"--B={cfg.B} rows cannot be split over {mesh.size} devices")
-        out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.Answer:
+    """Measure, judge, draw."""
     found = {}
     for precision in SIZES:
         wide = jax.enable_x64(True) if precision == "float64" else contextlib.nullcontext()
@@ -267,16 +256,16 @@ def main(argv: list[str] | None = None) -> int:
         "What is left of the tokens' differences through layers at random init. Without a skip "
         "beside attention it is gone after four layers, with an MLP or without."
     )
-    _findings.write(
-        out,
-        __doc__ or "",
-        cfg,
+    return _findings.Answer(
         table=table,
         verdicts=verdicts(found),
         figures=[_findings.Figure("rank_collapse.png", caption)],
-        began=began,
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit status is 0 whatever the verdicts are."""
+    return _findings.run(__doc__ or "", Config, PRESETS, argv, check, find)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,6 @@ Writes: runs/recall/summary.json, metrics.jsonl, recall.png
 import dataclasses
 import math
 import pathlib
-import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,8 +38,8 @@ import matplotlib.figure
 import numpy as np
 import optax
 
-from experiments._findings import Figure, Verdict, gate, script, write
-from experiments._learn import Learned, learn
+from experiments._findings import Answer, Figure, Verdict, gate, run, script
+from experiments._learn import Learned, check_rows, learn
 from experiments._report import save
 from jax_attn import (
     count,
@@ -55,7 +53,7 @@ from jax_attn import (
     specs,
     train,
 )
-from jax_attn.command_line import check_positive, parse
+from jax_attn.command_line import check_positive
 from jax_attn.report import training_progress
 
 FROZEN = ("wq_DNH", "wk_DKH")
@@ -121,7 +119,7 @@ class Model(NamedTuple):
     frozen: tuple[str, ...] = ()
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config) -> jax.sharding.Mesh:
     """Refuse sizes that mean nothing, before anything is compiled."""
     check_positive(cfg)
     if not cfg.learning_rate > 0:
@@ -140,15 +138,11 @@ def check(cfg: Config) -> None:
             f"--T={cfg.T} must be even and at least 4 * --pairs={cfg.pairs}: 2 places a pair, and "
             f"as many to ask"
         )
-    if not cfg.out:
-        raise ValueError("--out must name a folder")
     mesh = read_mesh(cfg.mesh)
-    share = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name, rows in (("B", cfg.B), ("asked", cfg.asked)):
-        if rows % share:
-            raise ValueError(f"--{name}={rows} rows cannot be split over {share} devices")
+    check_rows(mesh, {"B": cfg.B, "asked": cfg.asked})
     for model in models(cfg).values():
         specs(jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    return mesh
 
 
 def models(cfg: Config) -> dict[str, Model]:
@@ -327,18 +321,8 @@ def figure(cfg: Config, learned: Mapping[str, Learned]) -> matplotlib.figure.Fig
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train, judge, write."""
-    began = time.perf_counter()
-    cfg = parse(Config, PRESETS, __doc__ or "", argv)
-    out = pathlib.Path(cfg.out)
-    try:
-        check(cfg)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
+    """Train, judge, draw."""
     made, learned = models(cfg), {}
     with training_progress() as progress:
         for name, model in made.items():
@@ -351,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
                 steps=cfg.steps,
                 every=cfg.every,
                 measure=partial(measure, cfg),
-                mesh=read_mesh(cfg.mesh),
+                mesh=mesh,
                 progress=progress,
                 title=model.title,
                 log=out / "metrics.jsonl",
@@ -373,10 +357,7 @@ def main(argv: list[str] | None = None) -> int:
         f"are right, mean of {cfg.seeds} seeds, band from least to largest. Dashed: what a guess "
         "gets right."
     )
-    write(
-        out,
-        __doc__ or "",
-        cfg,
+    return Answer(
         table=table,
         verdicts=verdicts(
             {name: row["accuracy"] for name, row in last.items()},
@@ -386,9 +367,12 @@ def main(argv: list[str] | None = None) -> int:
             own=last["fixed"]["own"] if cfg.fixed else None,
         ),
         figures=[Figure("recall.png", caption)],
-        began=began,
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit status is 0 whatever the verdicts are."""
+    return run(__doc__ or "", Config, PRESETS, argv, check, find)
 
 
 if __name__ == "__main__":

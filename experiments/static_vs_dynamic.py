@@ -27,8 +27,6 @@ Writes: runs/static_vs_dynamic/summary.json, metrics.jsonl, loss.png, ladder.png
 
 import dataclasses
 import pathlib
-import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -39,7 +37,8 @@ import numpy as np
 import optax
 
 from experiments import _counts, _findings, _static_figures
-from experiments._learn import Learned, learn
+from experiments._character import chunks, drawn
+from experiments._learn import Learned, check_rows, learn
 from experiments._report import save
 from experiments._static_ladder import (
     DYNAMIC,
@@ -62,12 +61,11 @@ from jax_attn import (
     static_mixer,
     train,
 )
-from jax_attn.command_line import check_positive, parse
+from jax_attn.command_line import check_positive
 from jax_attn.mlp import activate
 from jax_attn.report import training_progress
 
 FLOOR, MARGIN = 0.02, 0.01  # nats: as near as that to the counts; what one must win by
-CHUNK = 32  # windows evaluated at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+def check(cfg: Config) -> jax.sharding.Mesh:
     """Refuse sizes that mean nothing or do not fit the mesh, before anything is compiled."""
     check_positive(cfg)
     activate(cfg.activation, jnp.zeros(1))
@@ -125,21 +123,14 @@ def check(cfg: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"--N={cfg.N} heads must divide --D={cfg.D} into even widths, for RoPE")
     if cfg.eval_windows < 2:
         raise ValueError(f"--eval_windows must be at least 2, got {cfg.eval_windows}: a variance")
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if cfg.B % shares:
-        raise ValueError(f"--B={cfg.B} rows cannot be split over {shares} devices; see --mesh")
+    mesh = read_mesh(cfg.mesh)
+    check_rows(mesh, {"B": cfg.B})
     if mesh.shape["context"] > 1:
         raise ValueError("static mixers cannot be split by tokens: leave context out of --mesh")
     for model in models(cfg).values():
         specs(jax.eval_shape(model.init, jax.random.key(0)), mesh)
-    if not cfg.out:
-        raise ValueError("--out must name a folder")
-
-
-def chunks(text_bytes: np.ndarray, cfg: Config, total: int) -> np.ndarray:
-    """Cut about `total` windows, [chunks, windows, T + 1]."""
-    B = min(CHUNK, total)
-    return data.windows(text_bytes, B=B, T=cfg.T, count=total // B)
+    data.load_text(cfg.data or None, T=cfg.T)
+    return mesh
 
 
 def optimizer(cfg: Config, rung: Rung) -> optax.GradientTransformation:
@@ -258,29 +249,12 @@ def verdicts(
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Count, train, measure, judge, write; the exit code is 0 whatever the verdicts are."""
-    began = time.perf_counter()
-    cfg = parse(Config, PRESETS, __doc__ or "", argv)
-    out = pathlib.Path(cfg.out)
-    try:
-        mesh = read_mesh(cfg.mesh)
-        check(cfg, mesh)
-        text = data.load_text(cfg.data or None, T=cfg.T)
-        heldout = chunks(text.heldout, cfg, cfg.eval_windows)
-        seen = chunks(text.train, cfg, cfg.map_windows)
-        counts = _counts.losses(text.train, heldout.reshape(-1, cfg.T + 1))
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    text_bytes = jnp.asarray(text.train)
-
-    def batch(key: jax.Array) -> jax.Array:
-        start_B = jax.random.randint(key, (cfg.B,), 0, text.train.size - cfg.T)
-        return text_bytes[start_B[:, None] + jnp.arange(cfg.T + 1)[None]].astype(jnp.int32)
-
+def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.Answer:
+    """Train, judge, draw."""
+    text = data.load_text(cfg.data or None, T=cfg.T)
+    heldout = chunks(text.heldout, cfg.T, cfg.eval_windows)
+    seen = chunks(text.train, cfg.T, cfg.map_windows)
+    counts = _counts.losses(text.train, heldout.reshape(-1, cfg.T + 1))
     learned: dict[str, Learned] = {}
     losses: dict[str, np.ndarray] = {}
     variances: dict[str, np.ndarray] = {}
@@ -295,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
                 model.init,
                 loss_fn,
                 optimizer(cfg, rung),
-                batch,
+                drawn(text.train, cfg.B, cfg.T),
                 seeds=cfg.seeds,
                 steps=cfg.steps,
                 every=cfg.every,
@@ -328,16 +302,11 @@ def main(argv: list[str] | None = None) -> int:
         "ladder.png": "Left: held-out loss after training, a dot for each seed. Right: how a row "
         "of the mixing matrix varies from input to input, mean of layers, heads, rows and seeds.",
     }
-    _findings.write(
-        out,
-        __doc__ or "",
-        cfg,
+    return _findings.Answer(
         table=rows_of(cfg, counts, losses, variances),
         verdicts=verdicts(counts, losses, variances),
         figures=[_findings.Figure(file, caption) for file, caption in captions.items()],
-        began=began,
     )
-    return 0
 
 
 def rows_of(
@@ -368,6 +337,11 @@ def rows_of(
         for order, loss in enumerate(counts)
     ]
     return made + orders
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit status is 0 whatever the verdicts are."""
+    return _findings.run(__doc__ or "", Config, PRESETS, argv, check, find)
 
 
 if __name__ == "__main__":

@@ -86,18 +86,21 @@ def parse_both(
         raise SystemExit(2) from None
 
 
-def check_positive(cfg: Any) -> None:
+def check_positive(cfg: Any, within: str = "") -> None:
     """Raise a ValueError that names a field that is an int below 1.
 
     Args:
-      cfg: a dataclass.
+      cfg: a dataclass; those in its fields are checked too.
+      within: what the names of its fields begin with, such as "model.".
     Example:
       >>> check_positive(Nothing())
     """
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if type(value) is int and value < 1:  # a bool is no size
-            raise ValueError(f"--{field.name} must be at least 1, got {value}")
+        if dataclasses.is_dataclass(value):
+            check_positive(value, f"{within}{field.name}.")
+        elif type(value) is int and value < 1:  # a bool is no size
+            raise ValueError(f"--{within}{field.name} must be at least 1, got {value}")
 
 
 def _parse(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jax_attn.command_line import parse, parse_both
+from jax_attn.command_line import check_positive, parse, parse_both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +76,18 @@ def test_help_shows_dotted_names(capsys: Any) -> None:
     said = capsys.readouterr().out
     for line in ("What it does.", "--model.sizes.D=32", "--out=runs/x", "--preset=wide"):
         assert line in said
+
+
+def test_sizes_within_a_config_are_checked_by_their_dotted_name():
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        D: int = 0
+
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        steps: int = 1
+        model: Inner = Inner()
+
+    with pytest.raises(ValueError, match=r"--model\.D must be at least 1, got 0"):
+        check_positive(Outer())
+    check_positive(Outer(model=Inner(7)))

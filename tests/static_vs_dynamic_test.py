@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _counts
+from experiments import _character, _counts
 from experiments import static_vs_dynamic as experiment
 from experiments._static_figures import ladder_figure, loss_figure
 from experiments._static_ladder import COLUMNS, DYNAMIC, LADDER, STATIC, columns, models, rungs
@@ -216,11 +216,11 @@ def test_figures_of_both_columns():
 
 def test_evaluation_windows_reach_from_end_to_end():
     text_bytes = np.arange(70 * 12, dtype=np.uint8)
-    windows = experiment.chunks(text_bytes, SMALL, 70)
+    windows = _character.chunks(text_bytes, SMALL.T, 70)
     assert windows.shape == (2, 32, 12)
     np.testing.assert_array_equal(windows[0, 0], text_bytes[:12])
     np.testing.assert_array_equal(windows[-1, -1], text_bytes[-12:])
-    assert experiment.chunks(text_bytes, SMALL, 5).shape == (1, 5, 12)
+    assert _character.chunks(text_bytes, SMALL.T, 5).shape == (1, 5, 12)
 
 
 @pytest.mark.parametrize(
