@@ -65,6 +65,8 @@ def learn(
     """
     step_fn = train.make_train_step(loss_fn, tx, parts=parts)
     alone = mesh.size == 1
+    if mesh.devices.flat[0].platform == "cpu":
+        train.keep_memory()
 
     def start(seed: jax.Array) -> train.TrainState:
         return train.init_state(init(jax.random.fold_in(jax.random.key(0), seed)), tx)

@@ -7,6 +7,7 @@ calls it, writes metrics, saves, and goes on where a run was stopped.
 from jax_attn.train.checkpoint import Checkpoints, digest
 from jax_attn.train.interrupts import DIVERGED, STOPPED, Diverged, Stopped
 from jax_attn.train.loop import fit
+from jax_attn.train.memory import keep_memory
 from jax_attn.train.optimizer import average_params, averaged, freeze, scale_rates
 from jax_attn.train.run import Run
 from jax_attn.train.sinks import Sink as Sink
@@ -46,6 +47,7 @@ __all__ = [
     "fit",
     "freeze",
     "init_state",
+    "keep_memory",
     "make_train_step",
     "next_token_loss",
     "scale_rates",

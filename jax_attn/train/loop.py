@@ -16,6 +16,7 @@ import rich.progress
 from jax_attn.report import Row, display, jsonl
 from jax_attn.train.checkpoint import tell_stderr
 from jax_attn.train.interrupts import STOPPED, Stopped, stop_requests
+from jax_attn.train.memory import keep_memory
 from jax_attn.train.run import Run
 from jax_attn.train.sinks import Sink, running
 from jax_attn.train.step import PyTree, StepFn, TrainState
@@ -57,6 +58,8 @@ def fit(
     run logs a step again, the last line counts) and to the sinks. `time_s` counts seconds since
     the call. The file's last line has the ledger, `seconds/NAME`. With several processes only
     process 0 writes and shows.
+
+    On a CPU memory that a step frees stays with the process (`keep_memory`).
 
     Ctrl-C writes the rows of the steps already dispatched, restores the terminal and re-raises;
     with a `run` it saves and raises `Stopped`, exit code 75, as SIGTERM does.
@@ -137,6 +140,8 @@ def fit(
             told(text)
 
     trace = Trace(profile, path)
+    if jax.default_backend() == "cpu":
+        keep_memory()
 
     training = Training(step_fn, state, batch_fn, steps, key, run, tell, give_up_after, strict)
     ledger, history = training.ledger, training.history
