@@ -15,12 +15,12 @@ from jax_attn.train.memory import keep_memory
 told = keep_memory() if sys.argv[1] == "keep" else None
 make = jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), c), x, None, length=31)[1].sum())
 x = jnp.ones((311, 1009))
-for _ in range(3):
+found = []
+for _ in range(60):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     make(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    make(x).block_until_ready()
-print(told, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(told, *found)
 """
 PAGES = 31 * 311 * 1009 * 4 // 4096  # of what the scan keeps
 
@@ -34,16 +34,16 @@ def faults(word, **environment):
         text=True,
         check=True,
     )
-    told, found = made.stdout.split()
-    return told, int(found)
+    told, *found = made.stdout.split()
+    return told, sorted(map(int, found))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_step_finds_its_memory_mapped():
     told, found = faults("keep")
     assert told == "True"
-    assert found < PAGES / 20
-    assert faults("leave")[1] > PAGES / 2, "glibc keeps it by itself: keep_memory can go"
+    assert found[len(found) // 2] < PAGES / 20, "each of XLA's threads maps its own, once"
+    assert faults("leave")[1][0] > PAGES / 2, "glibc keeps it by itself: keep_memory can go"
 
 
 def test_the_environment_decides(monkeypatch):
