@@ -16,7 +16,7 @@ told = keep_memory() if sys.argv[1] == "keep" else None
 make = jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), c), x, None, length=31)[1].sum())
 x = jnp.ones((311, 1009))
 found = []
-for _ in range(60):
+for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     make(x).block_until_ready()
     found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

@@ -13,8 +13,9 @@ def keep_memory() -> bool:
     XLA takes a step's intermediate results from malloc in one piece. glibc hands a piece of that
     size back to the kernel when it is freed, and the kernel zeroes every page of it again at the
     next step: a quarter of the time of a small model's step. The settings are the process's: each
-    of XLA's threads keeps up to 64 MiB of what it freed. A larger piece is given back still. Set MALLOC_TOP_PAD_ or MALLOC_MMAP_THRESHOLD_ in the
-    environment to decide yourself; then nothing is changed here. `fit` calls this on CPUs.
+    of XLA's threads keeps up to 64 MiB of what it freed; a larger piece is given back still. Set
+    MALLOC_TOP_PAD_ or MALLOC_MMAP_THRESHOLD_ in the environment to decide yourself; then nothing
+    is changed here. `fit` calls this on CPUs.
 
     Returns: whether malloc has been told.
     Example:
