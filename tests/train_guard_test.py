@@ -10,11 +10,16 @@ import pytest
 
 from jax_attn import make_mesh, shard_init, shard_step, train
 from jax_attn.train import digest
+from jax_attn.train.step import _judge
 from tests.trained_model import KEY, B, D, batch_fn, init_params, loss_fn, norm
 
 
 def start(tx: optax.GradientTransformation) -> train.TrainState:
     return train.init_state(init_params(KEY), tx)
+
+
+def linear(params: Any, scale: Any, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    return (params["w"].astype(jnp.float32) * scale).sum(), {}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -64,9 +69,6 @@ def test_seeds_under_vmap_are_left_out_one_by_one() -> None:
 
 
 def test_a_spike_is_left_out_and_norms_that_stay_high_become_usual() -> None:
-    def linear(params: Any, scale: Any, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        return params["w"].sum() * scale, {}
-
     tx = optax.sgd(1e-3)
     step = jax.jit(train.make_train_step(linear, tx, skip_spikes=6.0))
     state = train.init_state({"w": jnp.ones(1)}, tx)
@@ -86,6 +88,66 @@ def test_a_spike_is_left_out_and_norms_that_stay_high_become_usual() -> None:
         left_out.append(bool(metrics["skipped_in_row"]))
     assert left_out[:2] == [True, True]
     assert not any(left_out[100:])
+
+
+@pytest.mark.parametrize("noise", [0.05, 1e-4])
+def test_one_outlier_leaves_out_itself_alone(noise: float) -> None:
+    judge = jax.jit(lambda guard, step, norm: _judge(
+        guard, step, {"loss": norm, "grad_norm": norm, "update_norm": norm}, 6.0, jnp.bool_(True)
+    ))  # fmt: skip
+    guard: Any = start(optax.sgd(0.1)).guard
+    left_out: list[int] = []
+    seen: list[np.floating] = []
+    rng = np.random.default_rng(0)
+    for i in range(600):
+        size = np.float32(50 if i == 105 else 1 + noise * rng.standard_normal())
+        made, guard = judge(guard, np.int32(i), size)
+        left_out += [] if made else [i]
+        seen.append(size)
+    assert left_out == [105]
+    np.testing.assert_allclose(guard.norm, np.mean(seen[-300:]), rtol=noise)
+    np.testing.assert_allclose(np.sqrt(guard.norm_variance), noise, rtol=0.4)
+
+
+def test_a_norm_too_large_to_square_is_not_remembered() -> None:
+    guard: Any = start(optax.sgd(0.1)).guard
+    for i, size in enumerate([1.0, 1e30, 2.0]):
+        names: list[str] = ["loss", "grad_norm", "update_norm"]
+        metrics = dict.fromkeys(names, jnp.float32(size))
+        made, guard = _judge(guard, jnp.int32(i), metrics, 6.0, jnp.bool_(True))
+        assert made
+    assert 1 < guard.norm < 2
+    assert np.isfinite(guard.norm_variance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tx", "scale"),
+    [(jnp.float16, optax.adam(1e-3), 9000), (jnp.float32, optax.adagrad(1e-3), 1e19)],
+)
+def test_a_number_of_the_optimizer_that_overflows_leaves_the_step_out(
+    dtype: Any, tx: optax.GradientTransformation, scale: float
+) -> None:
+    # The gradient, its norm and the update are finite; the optimizer's squares are not for long.
+    step = jax.jit(train.make_train_step(linear, tx))
+    state = train.init_state({"w": jnp.zeros(1, dtype)}, tx)
+    for _ in range(5):
+        before = state
+        state, metrics = step(state, jnp.float32(scale), KEY)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.opt_state))
+    assert np.isfinite(metrics["update_norm"])
+    assert metrics["skipped_in_row"] >= 1
+    assert digest(state.opt_state) == digest(before.opt_state)
+
+
+def test_a_number_that_was_infinite_from_the_start_blocks_nothing() -> None:
+    def unchanged(updates: Any, state: Any, params: Any = None) -> Any:
+        return updates, state
+
+    best = optax.GradientTransformation(lambda params: jnp.float32(jnp.inf), unchanged)
+    tx = optax.chain(best, optax.sgd(0.1))
+    state = train.init_state({"w": jnp.zeros(1)}, tx)
+    metrics = train.make_train_step(linear, tx)(state, jnp.float32(1), KEY)[1]
+    assert metrics["skipped"] == 0
 
 
 @pytest.mark.parametrize("accumulate", [1, 11])

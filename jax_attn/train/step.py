@@ -25,7 +25,8 @@ class Guard(NamedTuple):
       skipped: int32, updates left out so far.
       in_row: int32, updates left out since the last one that was made.
       jumped: int32, batches that a rollback jumped over: step i takes batch i + jumped.
-      norm, norm_square: float32, running means of the gradient norm and of its square.
+      norm, norm_variance, weight: float32, running mean and variance of the gradient norm, and how
+        much has gone into them, from 0 towards 1.
     Example:
       >>> int(init_state({"w_D": jnp.ones(3)}, optax.sgd(0.1)).guard.skipped)
       0
@@ -35,7 +36,8 @@ class Guard(NamedTuple):
     in_row: jax.Array
     jumped: jax.Array
     norm: jax.Array
-    norm_square: jax.Array
+    norm_variance: jax.Array
+    weight: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -72,9 +74,9 @@ def init_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
       0
     """
     # Arrays of their own: a buffer can be donated once.
-    step, skipped, in_row, jumped = (jnp.zeros((), jnp.int32) for _ in range(4))
-    guard = Guard(skipped, in_row, jumped, jnp.zeros(()), jnp.zeros(()))
-    return TrainState(step, params, tx.init(params), guard)
+    counts = [jnp.zeros((), jnp.int32) for _ in range(4)]
+    guard = Guard(*counts[1:], *(jnp.zeros((), jnp.float32) for _ in range(3)))
+    return TrainState(counts[0], params, tx.init(params), guard)
 
 
 def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -123,7 +125,8 @@ def compute_in(loss_fn: LossFn, dtype: Any = jnp.bfloat16, *, keep: Sequence[str
         loss(cast(params)),  gradients come back in the dtype of the parameters
 
     Args:
-      loss_fn: as for `make_train_step`.
+      loss_fn: as for `make_train_step`. It gets the batch as it is, and floats in it too are for it
+        to cast: float32 times bfloat16 is computed in float32.
       dtype: of the parameters that `loss_fn` gets.
       keep: keys such as `"norm"`; leaves whose path contains one are not cast.
     Returns: a loss function of the uncast parameters.
@@ -145,10 +148,9 @@ def compute_in(loss_fn: LossFn, dtype: Any = jnp.bfloat16, *, keep: Sequence[str
     ) -> tuple[jax.Array, Mapping[str, Any]]:
         kept = {i for at in leaves_of("keep", params, keep).values() for i in at}
         leaves, tree = jax.tree.flatten(params)
-        leaves = [
-            x if i in kept or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
-            for i, x in enumerate(leaves)
-        ]
+        for i, x in enumerate(leaves):
+            if i not in kept and jnp.issubdtype(x.dtype, jnp.floating):
+                leaves[i] = x.astype(dtype)
         return loss_fn(jax.tree.unflatten(tree, leaves), batch, key)
 
     return narrow
@@ -169,8 +171,8 @@ def make_train_step(
         grads = d loss / d params,   updates = tx(grads),   params' = params + updates
         NAME_norm = sqrt(sum of squares over all leaves)
 
-    A step whose loss, gradient norm or update norm is not finite changes nothing but its count:
-    parameters and the optimizer's state stay as they were, decided inside the compiled step.
+    A step whose loss, gradient norm, update norm, new parameters or new state of the optimizer are
+    not finite changes nothing but its count, decided inside the compiled step.
 
     Args:
       loss_fn: `(params, batch, key) -> (loss, metrics)`: a scalar and a flat dict of arrays.
@@ -182,6 +184,7 @@ def make_train_step(
         over the rows of one device and gets a key of its own on each. None: the step sees all rows.
       accumulate: parts that the batch is cut into, every `accumulate`-th row in one; gradients and
         metrics are averaged over them, and memory is that of one part. Each gets a key of its own.
+        All parts weigh the same: a loss averaged over what a mask leaves becomes a mean of means.
       skip_spikes: also leave out an update whose gradient norm is above mean + skip_spikes *
         deviation of the last 100 or so, once there were 100. None: never.
       schedule: step -> learning rate, to report it; give the optimizer the same.
@@ -239,9 +242,8 @@ def make_train_step(
                 **_norms("param_norm", state.params, leaves),
             }
         with jax.named_scope("guard"):
-            whole = [
-                jnp.isfinite(p).all() for p in jax.tree.leaves(params) if p.dtype == jnp.float16
-            ]
+            # Norms are finite where a sum of squares, or a sum in float16, may not be.
+            whole = _stays_finite((params, opt_state), (state.params, state.opt_state))
             made, guard = _judge(state.guard, state.step, metrics, skip_spikes, whole)
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(made, new, old),
@@ -311,37 +313,41 @@ def _judge(
     step: jax.Array,
     metrics: Mapping[str, jax.Array],
     skip_spikes: float | None,
-    whole: Sequence[jax.Array],
+    whole: jax.Array,
 ) -> tuple[jax.Array, Guard]:
     """Decide whether an update is made, and remember it; `whole`: what else must hold."""
     norm = metrics["grad_norm"]
-    made = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    made &= jnp.isfinite(metrics["update_norm"])
-    for holds in whole:  # float16 overflows where its norm, in float32, does not
-        made &= holds
-    seen = step - guard.skipped
-    if skip_spikes is None:
-        counted = made
-    else:
-        # Both means start at 0; dividing by what they have forgotten of it corrects that.
-        weight = jnp.maximum(1 - _MEMORY ** seen.astype(jnp.float32), 1 - _MEMORY)
-        mean, square = guard.norm / weight, guard.norm_square / weight
-        limit = mean + skip_spikes * jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
-        limit = jnp.where(seen >= _FIRST_SPIKE, limit, jnp.inf)
+    made = whole & jnp.isfinite(norm)
+    made &= jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["update_norm"])
+    counted = made
+    if skip_spikes is not None:
+        limit = guard.norm + skip_spikes * jnp.sqrt(guard.norm_variance)
+        limit = jnp.where(step - guard.skipped >= _FIRST_SPIKE, limit, jnp.inf)
         # A spike counts as large as the limit, so that norms that stay high become usual.
-        counted, made = made, made & (norm <= limit)
+        made &= norm <= limit
         norm = jnp.minimum(norm, limit)
+    # The variance is a mean of squares, never a difference of two numbers that nearly cancel.
+    weight = _MEMORY * guard.weight + (1 - _MEMORY)
+    share, away = (1 - _MEMORY) / weight, norm - guard.norm
+    variance = (1 - share) * (guard.norm_variance + share * jnp.square(away))
+    counted &= jnp.isfinite(variance)
     return made, Guard(
         skipped=guard.skipped + ~made,
         in_row=jnp.where(made, 0, guard.in_row + 1),
         jumped=guard.jumped,
-        norm=jnp.where(counted, _MEMORY * guard.norm + (1 - _MEMORY) * norm, guard.norm),
-        norm_square=jnp.where(
-            counted,
-            _MEMORY * guard.norm_square + (1 - _MEMORY) * jnp.square(norm),
-            guard.norm_square,
-        ),
+        norm=jnp.where(counted, guard.norm + share * away, guard.norm),
+        norm_variance=jnp.where(counted, variance, guard.norm_variance),
+        weight=jnp.where(counted, weight, guard.weight),
     )
+
+
+def _stays_finite(new: PyTree, old: PyTree) -> jax.Array:
+    """Tell whether no number became infinite or NaN; one that was so before may stay so."""
+    holds = jnp.bool_(True)
+    for x, was in zip(*map(jax.tree.leaves, (new, old)), strict=True):
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            holds &= (jnp.isfinite(x) | ~jnp.isfinite(was)).all()
+    return holds
 
 
 def keys_of(argument: str, keys: Sequence[str]) -> tuple[str, ...]:
@@ -353,7 +359,7 @@ def keys_of(argument: str, keys: Sequence[str]) -> tuple[str, ...]:
 
 def leaves_of(argument: str, params: PyTree, keys: Sequence[str]) -> dict[str, list[int]]:
     """Find the leaves whose path contains each key, as positions in the flattened parameters."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     there = [{jax.tree_util.keystr((entry,), simple=True) for entry in path} for path in paths]
     leaves = {key: [i for i, names in enumerate(there) if key in names] for key in keys}
     for key, found in leaves.items():
