@@ -6,16 +6,20 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import rich.console
 import rich.progress
+import rich.table
+import rich.text
 
 Row = dict[str, Any]
 
+_TITLE_AND_BAR = 10  # columns of a terminal that they share at least, unless it is very narrow
 # Away from a terminal: lines printed in one run, one more for the last step.
 _PLAIN_LINES = 19
 _PLAIN_S = 60.0  # and one more where the last is older than this
@@ -89,6 +93,48 @@ def jsonl(
             tell(f"{len(kept)} rows could not be written to {path}")
 
 
+def tell_stderr(text: str) -> None:
+    """Print a line that must be seen, above a progress bar that is there.
+
+    Example:
+      >>> tell_stderr("the disk is full")
+    """
+    text = f"warning: {text}"
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        text = f"\x1b[1;33m{text}\x1b[0m"
+    say(text)
+
+
+def say(text: str) -> None:
+    """Print a line on standard error; a full disk or a reader that has gone stops nothing.
+
+    Example:
+      >>> say("goes on from step 3")
+    """
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _unread(sys.stderr)
+    except (OSError, ValueError):  # ValueError: closed
+        pass
+
+
+def _unread(file: TextIO) -> None:
+    """Send what is written from now on nowhere; else Python's last flush would fail, exit 120."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
+
+
+class _Console(rich.console.Console):
+    """A console that goes on where its reader has gone (`| head`); rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _unread(self.file)  # type: ignore[arg-type]
+
+
 @contextlib.contextmanager
 def display(
     progress: rich.progress.Progress | None,
@@ -100,8 +146,9 @@ def display(
 ) -> Iterator[Callable[..., None]]:
     """Show how far a run is: a bar on a terminal, else about 20 plain lines, or one a minute.
 
-    tokens/s and MFU leave out the first step, which compiles, evaluations and saves; ETA leaves out
-    the first step.
+    tokens/s and MFU leave out the first step, which compiles, and what else is no training; ETA
+    leaves out the first step. Where a terminal is narrow, the title and the bar get shorter, then
+    rates are left out; the steps, the loss and the time left stay.
 
         MFU = flops_per_step / (seconds per step * peak_flops)
 
@@ -113,7 +160,7 @@ def display(
       flops_per_step: operations that the model needs for one update; 0: not shown.
       peak_flops: what the devices can do in a second; 0 shows TFLOP/s instead of MFU.
     Returns: a context manager that yields `show(updates made, loss, tokens in a step or 0, seconds
-      spent on evaluations and saves, learning rate or None)`.
+      spent so far on what is no training, learning rate or None)`.
     Example:
       >>> import sys
       >>> console = rich.console.Console(file=sys.stdout, force_interactive=False)
@@ -128,36 +175,40 @@ def display(
     interval = -(-(steps - start) // _PLAIN_LINES)
     first: tuple[int, float, float] | None = None
     printed: float | None = None
+    shown = start
 
     def show(
         made: int,
         loss: float,
         tokens_per_step: int,
-        evaluating_s: float,
+        away_s: float,
         learning_rate: float | None = None,
     ) -> None:
-        nonlocal first, printed
-        now, status = time.perf_counter(), f"loss {loss:.4f}"
+        nonlocal first, printed, shown
+        now, parts = time.perf_counter(), [f"loss {loss:.4f}"]
         printed = now if printed is None else printed
         if learning_rate is not None:
-            status += f"  lr {learning_rate:.2e}"
-        if first is None or made <= first[0]:  # the first, or one after a rollback
-            first = made, now, evaluating_s
+            parts.append(f"lr {learning_rate:.2e}")
+        if first is None or made <= shown:  # the first, or one after a rollback
+            first = made, now, away_s
         else:
             since, wall_s = made - first[0], now - first[1]
-            training_s = max(wall_s - (evaluating_s - first[2]), 1e-9)
+            training_s = max(wall_s - (away_s - first[2]), 1e-9)
             unit = "tokens" if tokens_per_step else "steps"
             left = datetime.timedelta(seconds=round(wall_s / since * (steps - made)))
             rate = since * (tokens_per_step or 1) / training_s
-            status += f"  {rate:,.{0 if rate >= 10 else 2}f} {unit}/s"
+            parts.append(f"{rate:,.{0 if rate >= 10 else 2}f} {unit}/s")
             done = flops_per_step * since / training_s
             if peak_flops and done:
-                status += f"  MFU {done / peak_flops:.1%}"
+                parts.append(f"MFU {done / peak_flops:.1%}")
             elif done:
-                status += f"  {done / 1e12:.3g} TFLOP/s"
-            status += f"  ETA {left}"
+                parts.append(f"{done / 1e12:.3g} TFLOP/s")
+            parts.append(f"ETA {left}")
+        shown = made
+        status = "  ".join(parts)
         if task is not None:
-            progress.update(task, completed=made, status=status)
+            room = progress.console.width - 2 * len(str(steps)) - 4  # steps, and between columns
+            progress.update(task, completed=made, status=_fitting(parts, room))
         elif (made - start - 1) % interval == 0 or made == steps or now - printed > _PLAIN_S:
             printed = now
             line = f"{title}  step {made}/{steps}  {status}".strip()
@@ -165,6 +216,24 @@ def display(
 
     with progress if owned and task is not None else contextlib.nullcontext():
         yield show
+
+
+def _fitting(parts: list[str], room: int) -> str:
+    """Join the parts that fit: the loss, the time left, then the rates; the learning rate last."""
+    room -= _TITLE_AND_BAR if room >= 4 * _TITLE_AND_BAR else 0
+    order = [parts[0], *parts[:0:-1]]
+    while len(order) > 1 and len("  ".join(order)) > room:
+        order.pop()
+    return "  ".join(part for part in parts if part in order)
+
+
+class _OneLine(rich.progress.TextColumn):
+    """Text that is cut, not wrapped, where there is no room."""
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 def training_progress(console: rich.console.Console | None = None) -> rich.progress.Progress:
@@ -178,13 +247,14 @@ def training_progress(console: rich.console.Console | None = None) -> rich.progr
       >>> training_progress(rich.console.Console(force_interactive=False)).disable
       True
     """
-    console = console or rich.console.Console(stderr=True)
+    console = console or _Console(stderr=True)
+    whole = rich.table.Column(no_wrap=True)
     return rich.progress.Progress(
         # No markup: a title may hold brackets, "(4,256,768) [seed 0]".
-        rich.progress.TextColumn("{task.description}", markup=False),
+        _OneLine("{task.description}", markup=False, table_column=rich.table.Column()),
         rich.progress.BarColumn(bar_width=None),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[status]}", markup=False),
+        rich.progress.MofNCompleteColumn(table_column=whole),
+        _OneLine("{task.fields[status]}", markup=False, table_column=whole.copy()),
         console=console,
         # The display's own thread competes with XLA for the host's cores.
         refresh_per_second=4,

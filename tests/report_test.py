@@ -160,6 +160,81 @@ def test_several_runs_share_one_display_on_a_terminal() -> None:
     assert all(len(line) <= 80 for line in rows)
 
 
+@pytest.mark.parametrize(
+    ("width", "parts"),
+    [
+        (40, "loss 2.0312  ETA 0:00:34"),
+        (80, "loss 2.0312  377,417 tokens/s  MFU 49.1%  ETA 0:00:34"),
+        (120, "loss 2.0312  lr 1.00e-03  377,417 tokens/s  MFU 49.1%  ETA 0:00:34"),
+    ],
+)
+def test_a_narrow_terminal_keeps_the_steps_and_the_time_left(
+    width: int, parts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.StringIO()
+    console = rich.console.Console(file=file, force_terminal=True, width=width)
+    with report.training_progress(console) as progress:
+        now = iter([100.0, 107.0])
+        monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
+        with report.display(progress, "character model", 0, 2000, 1e10, 1e12) as show:
+            show(1, 2.5, 768, 0.0, 1e-3)
+            show(345, 2.0312, 7680, 0.0, 1e-3)
+        monkeypatch.undo()
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", file.getvalue())
+    line = text.rstrip().splitlines()[-1]
+    assert line.rstrip().endswith(f"345/2000 {parts}")
+    assert line.startswith("c")
+    assert "━" in line
+    assert len(line) <= width
+
+
+def test_rate_after_a_rollback_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = rich.console.Console(file=io.StringIO())
+    now = iter([100.0, 110.0, 500.0, 501.0, 502.0])
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
+    with report.display(report.training_progress(console), "run", 0, 7) as show:
+        for made in (1, 5, 3, 4, 5):
+            show(made, 0.5, 50, 0.0)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert [line.partition("0.5000")[2] for line in lines[2:]] == [
+        "", "  50 tokens/s  ETA 0:00:03", "  50 tokens/s  ETA 0:00:02"
+    ]  # fmt: skip
+
+
+def test_a_warning_stands_above_the_bar() -> None:
+    script = """
+import sys
+from jax_attn import report
+with report.training_progress() as progress:
+    with report.display(progress, "run", 0, 5) as show:
+        show(3, 0.25, 0, 0.0)
+        progress.refresh()
+        report.tell_stderr("the disk is full")
+"""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = os.environ | {"TERM": "xterm", "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, stdin=slave, stderr=slave
+    ) as child:
+        os.close(slave)
+        screen = b""
+        while True:
+            try:
+                received = os.read(master, 4096)
+            except OSError:
+                break
+            if not received:
+                break
+            screen += received
+    os.close(master)
+    assert child.returncode == 0
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.decode())
+    lines = re.split(r"[\r\n]+", text)
+    assert [line.rstrip() for line in lines if "warning" in line] == ["warning: the disk is full"]
+
+
 RUN = """
 import fcntl, pathlib, signal, sys, termios, time
 # A test run in the background ignores Ctrl-C, and what it starts would too.
@@ -238,3 +313,17 @@ def test_pipe_shows_plain_lines_on_standard_error(tmp_path: pathlib.Path) -> Non
     assert len(lines) <= 20
     assert all(line.startswith("both parts  step ") for line in lines)
     assert "step 41/41  loss 2.5000" in lines[-1]
+
+
+def test_a_reader_that_goes_away_stops_nothing(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    command = [sys.executable, "-c", "import jax_attn.report as r; r.say('x');" + RUN]
+    command = [*command, "97", str(path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as child:
+        assert child.stderr is not None
+        child.stderr.readline()
+        child.stderr.close()  # as `2>&1 | head -1` does
+    assert child.returncode == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(97))
