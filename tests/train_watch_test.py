@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import pathlib
 import resource
-import signal
 import sys
 import threading
 import time
@@ -21,7 +19,6 @@ import rich.console
 from jax_attn import report, train
 from jax_attn.train import report as train_report
 from jax_attn.train import sinks
-from jax_attn.train.interrupts import stop_requests
 from jax_attn.train.watch import Compiles, Ledger, Trace, watchdog
 from jax_attn.view.curves import plot_curves
 from tests.trained_model import KEY, B, D, batch_fn, init_params, jsonl_rows, loss_fn
@@ -201,18 +198,6 @@ def test_rows_that_cannot_be_written_are_kept(tmp_path: pathlib.Path) -> None:
     assert [row["step"] for row in jsonl_rows(tmp_path / "m.jsonl")] == [0, 1, 2, 3]
     assert len(told) == 1
     assert "cannot be written, training goes on" in told[0]
-
-
-# Stop requests.
-
-
-def test_signals_ask_and_handlers_come_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with stop_requests() as asked:
-        assert not asked(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked(2)
-    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_fit_in_a_thread_trains_without_signals(tmp_path: pathlib.Path) -> None:
