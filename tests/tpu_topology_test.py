@@ -34,8 +34,21 @@ def test_a_name_means_a_slice(
         shape, chips, devices, hosts
     )  # fmt: skip
     assert (found.accelerator_type, found.machine_type) == (accelerator_type, machine)
-    if ":" not in name:
-        assert topology.find(found.name) == found
+    assert topology.find(found.name) == found
+    assert topology.find(found.compiler_name).shape == found.shape
+
+
+def test_a_shape_that_its_number_does_not_mean_keeps_its_name() -> None:
+    """v4-512 is 4x8x8, and v4-384 is no slice."""
+    assert topology.find("v4:4x8x8").name == "v4-512"
+    for name in ("v4:4x4x16", "v4:4x4x12", "2*v4:4x4x16"):
+        assert topology.find(name).name == name
+        assert topology.find(topology.find(name).name) == topology.find(name)
+
+
+def test_only_slices_that_there_are_are_offered() -> None:
+    with pytest.raises(ValueError, match=r", 4096, 6144, 8192 TensorCores"):
+        topology.find("v4-9")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +94,7 @@ def test_rates_agree_with_the_table_of_jax(name: str, version: str) -> None:
         (ours.usable_hbm_bytes * ours.devices_per_chip, cores * theirs.hbm_capacity_bytes),
     ):
         assert abs(mine / other - 1) <= 0.15
+    assert ours.usable_hbm_bytes * ours.devices_per_chip <= ours.hbm_bytes
     assert ours.mxu_width == theirs.mxu_column_size
     assert ours.mxus_per_core == theirs.num_mxus
     assert ours.vmem_bytes_per_core == theirs.vmem_capacity_bytes

@@ -37,7 +37,7 @@ class Generation:
     bf16_flops: float
     """Peak, a second. [docs]"""
     hbm_bytes: float
-    """[docs]"""
+    """[docs]; of v5p, where those say 95, what holds the usable memory. [libtpu]"""
     usable_hbm_bytes: float
     """What the compiler lets a program use of a device's memory. [libtpu]"""
     hbm_bytes_per_s: float
@@ -87,7 +87,7 @@ GENERATIONS = (
     ),
     Generation(
         "v5p", "v5p", "TPU v5", "v5p", 2, 1, True,
-        459e12, 95 * GIB, 95.74 * GIB, 2765e9, 90e9, 3, 1.75e9, 4, 128, 64 * 2**20, 6144,
+        459e12, 96 * GIB, 95.74 * GIB, 2765e9, 90e9, 3, 1.75e9, 4, 128, 64 * 2**20, 6144,
         "v2-alpha-tpuv5", "ct5p-hightpu-{chips}t",
     ),
     Generation(
@@ -157,10 +157,13 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """As this project writes it: `v5e-16`, `2*v5e-16` for two slices."""
+        """As this project writes it: `v5e-16`, `2*v5e-16` for two slices; `v4:4x4x16`, by its
+        shape, where its number means another shape or none."""
         number = self.accelerator_type.rpartition("-")[2]
         several = f"{self.slices}*" if self.slices > 1 else ""
-        return f"{several}{self.generation.name}-{number}"
+        if _numbered(self.generation).get(number) == self.shape:
+            return f"{several}{self.generation.name}-{number}"
+        return f"{several}{self.generation.name}:{self.topology}"
 
     @property
     def machine_type(self) -> str:
@@ -197,7 +200,7 @@ def find(text: str) -> Slice:
     by_shape = ":" in rest
     name, _, size = rest.partition(":") if by_shape else rest.rpartition("-")
     generation = _generation(name, text)
-    shapes = FLAT if generation.torus_dims == 2 else CUBES
+    shapes = _shapes(generation)
     if by_shape:
         parts = size.split("x")
         if len(parts) != generation.torus_dims or not all(p.isdigit() and int(p) for p in parts):
@@ -210,7 +213,7 @@ def find(text: str) -> Slice:
             raise ValueError(f"target {text!r}: {generation.name} has the shapes {there}")
         found = Slice(generation, shape, slices)
     else:
-        made = {Slice(generation, s).accelerator_type.rpartition("-")[2]: s for s in shapes}
+        made = _numbered(generation)
         if size not in made:
             unit = "TensorCores" if generation.counts_cores else "chips"
             example = "x".join(map(str, shapes[3]))
@@ -225,6 +228,18 @@ def find(text: str) -> Slice:
             f"{generation.max_chips}"
         )
     return found
+
+
+def _shapes(generation: Generation) -> tuple[tuple[int, ...], ...]:
+    """List the shapes that a number alone names."""
+    every = FLAT if generation.torus_dims == 2 else CUBES
+    return tuple(shape for shape in every if math.prod(shape) <= generation.max_chips)
+
+
+def _numbered(generation: Generation) -> dict[str, tuple[int, ...]]:
+    """Map the numbers of accelerator types to the shapes that they mean."""
+    every = _shapes(generation)
+    return {Slice(generation, s).accelerator_type.rpartition("-")[2]: s for s in every}
 
 
 def of_kind(kind: str) -> Generation | None:
