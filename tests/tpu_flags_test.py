@@ -85,6 +85,7 @@ def test_what_libtpu_writes_is_read() -> None:
     ("arguments", "message"),
     [
         ([], "give --target=v5e-16, or --check="),
+        (["--check=   "], "--check has no flag in it"),
         (["--target=v5e-16", "--check=--a"], "give --target=v5e-16, or --check="),
         (["--target=v5e-3"], "v5e is let with"),
         (["--target=v5e-16", "--use=speed"], "--use must be overlap, memory, kernels"),

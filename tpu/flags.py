@@ -337,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if bool(cfg.target) == bool(cfg.check):
             raise ValueError('give --target=v5e-16, or --check="--flag=value ..."; see --help')
+        if cfg.check and not cfg.check.strip():
+            raise ValueError("--check has no flag in it")
         if cfg.target:
             target = topology.find(cfg.target)
             show(target, preset(target, cfg.use))
