@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_attn as ja
@@ -73,6 +74,71 @@ def gathers(mesh: Any) -> Any:
     step = train.make_train_step(loss_fn, optax.adam(1e-3))
     rows = {"x_BD": jax.ShapeDtypeStruct((16384, 512), jnp.float32)}
     return build(mesh, step, init, rows, 16384)
+
+
+def matrices(mesh: Any, batch: int = 1024) -> Any:
+    """Two matrices of 4096 × 4096 and rows, all split over fsdp, and nothing gathered by hand."""
+    return _matrices(mesh, batch, PartitionSpec("fsdp", None))
+
+
+def whole_rows(mesh: Any, batch: int = 1024) -> Any:
+    """The same, with the rows between the two matrices on every device."""
+    return _matrices(mesh, batch, PartitionSpec(None, None))
+
+
+def _matrices(mesh: Any, batch: int, between: PartitionSpec) -> Any:
+    split = NamedSharding(mesh, PartitionSpec("fsdp", None))
+
+    def step(params: Any, x: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            h = jax.lax.with_sharding_constraint(x @ params["w0"], NamedSharding(mesh, between))
+            return jnp.square((jax.nn.relu(h) @ params["w1"]).astype(jnp.float32)).mean()
+
+        grads = jax.grad(loss)(params)
+        return jax.tree.map(lambda w, g: (w - 0.1 * g).astype(w.dtype), params, grads)
+
+    w = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=split)
+    x = jax.ShapeDtypeStruct((batch, 4096), jnp.bfloat16, sharding=split)
+    return jax.jit(step, donate_argnums=0), ({"w0": w, "w1": w}, x), batch
+
+
+def kernels(mesh: Any, declared: bool = True) -> Any:
+    """Eight products of 2048³ in a row, by a Pallas kernel that declares what it costs."""
+    n = 2048
+    cost = pl.CostEstimate(flops=2 * n**3, bytes_accessed=6 * n**2, transcendentals=0)
+
+    def kernel(x: Any, y: Any, out: Any) -> None:
+        product = jnp.dot(x[...], y[...], preferred_element_type=jnp.float32)
+        out[...] = product.astype(out.dtype)
+
+    shape = jax.ShapeDtypeStruct((n, n), jnp.bfloat16)
+    call = pl.pallas_call(
+        kernel,
+        out_shape=shape,
+        grid=(8, 8),
+        in_specs=[
+            pl.BlockSpec((256, n), lambda i, j: (i, 0)),
+            pl.BlockSpec((n, 256), lambda i, j: (0, j)),
+        ],
+        out_specs=pl.BlockSpec((256, 256), lambda i, j: (i, j)),
+        cost_estimate=cost if declared else None,
+    )
+
+    def step(x: jax.Array, ws: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (call(x, w), None), x, ws)[0]
+
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(everywhere, everywhere),
+                           out_specs=everywhere, check_vma=False)  # fmt: skip
+    place = NamedSharding(mesh, everywhere)
+    x = jax.ShapeDtypeStruct((n, n), jnp.bfloat16, sharding=place)
+    ws = jax.ShapeDtypeStruct((8, n, n), jnp.bfloat16, sharding=place)
+    return jax.jit(mapped, donate_argnums=0), (x, ws), n
+
+
+def undeclared(mesh: Any) -> Any:
+    """The same by a kernel that does not."""
+    return kernels(mesh, declared=False)
 
 
 def build(mesh: Any, step: Any, init: Any, rows: Any, tokens: int) -> Any:

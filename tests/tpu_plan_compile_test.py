@@ -136,11 +136,33 @@ def test_an_activation_that_travels_is_found(tmp_path: pathlib.Path) -> None:
     assert any("float32 factors" in text for text in row["lint"])
 
 
+def test_sizes_that_are_powers_of_two_hide_nothing(tmp_path: pathlib.Path, capsys: Any) -> None:
+    (row,) = planned(tmp_path, 0, "--step=tests.planned_step:whole_rows", f"--target={CHIPS}")
+    said = [text for text in row["lint"] if "is no parameter" in text]
+    assert any(text.startswith("all-gather of 8.4 MB over fsdp") for text in said)
+    assert "network over fsdp: " in capsys.readouterr().out
+    for target in ("v5e-4", "v4-8"):
+        (row,) = planned(tmp_path, 0, "--step=tests.planned_step:matrices", f"--target={target}")
+        assert row["lint"] == []
+
+
+def test_kernels_take_time(tmp_path: pathlib.Path, capsys: Any) -> None:
+    (row,) = planned(tmp_path, 0, "--step=tests.planned_step:kernels", "--target=v5e-1")
+    ideal = 8 * 2 * 2048**3 / 197e12
+    assert row["priced_kernels"] == 1
+    assert ideal < row["estimate"]["compute"] < 3 * ideal
+    assert 0.3 < row["estimate"]["mfu"] < 1
+    (row,) = planned(tmp_path, 0, "--step=tests.planned_step:undeclared", "--target=v5e-1")
+    assert row["unpriced_kernels"] == 1
+    assert row["estimate"]["step"] is row["estimate"]["mfu"] is None
+    assert "Pallas kernels that are not in compute time: 1;" in capsys.readouterr().out
+
+
 def test_what_cannot_be_planned_says_why(tmp_path: pathlib.Path) -> None:
     step = "--step=tests.planned_step:plan_step"
     (row,) = planned(tmp_path, 1, step, f"--target={CHIPS}", "--batch=7")
     assert "7" in row["refused"]
-    (row,) = planned(tmp_path, 1, "--step=tests.planned_step:nothing", f"--target={CHIPS}")
+    (row,) = planned(tmp_path, 2, "--step=tests.planned_step:nothing", f"--target={CHIPS}")
     assert row["refused"].endswith("has no function nothing")
-    (row,) = planned(tmp_path, 1, step, f"--target={CHIPS}", "--preset=x")
+    (row,) = planned(tmp_path, 2, step, f"--target={CHIPS}", "--preset=x")
     assert "takes no preset" in row["refused"]

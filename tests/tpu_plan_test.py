@@ -13,10 +13,11 @@ import jax_attn as ja
 from tpu import _plan_report, flops, plan, schedule
 from tpu.estimate import Transfer, estimate, links, transfer
 from tpu.hlo import parse, size
-from tpu.lint import donation, lint, padding, unexplained, wide_products
+from tpu.lint import donation, lint, padding, wide_products
 from tpu.topology import find
 from tpu.traffic import Collective
 
+V5E = find("v5e-16").generation
 PROGRAM = """
 %cut (p0: bf16[24,8,128], p1: s32[]) -> bf16[8,128] {
   %p0 = bf16[24,8,128]{2,1,0} parameter(0)
@@ -70,22 +71,22 @@ ENTRY %main (a: bf16[8,128], stack: bf16[24,8,128], which: s32[]) -> bf16[8,128]
 
 
 def test_a_schedule_is_summed_as_often_as_it_runs() -> None:
-    cost = schedule.cost(parse(PROGRAM))
+    cost = schedule.cost(parse(PROGRAM), V5E)
     assert cost.cycles == 24 * 1010 + 40
     assert cost.most_cycles == 24 * 1010 + 90
     assert cost.unknown_loops == 0
     gather, reduce = sorted(cost.collectives, key=lambda one: one.kind)
-    assert (gather.kind, gather.parts, gather.times) == ("all-gather", (64 * 128 * 2.0,), 24)
+    assert (gather.kind, gather.shapes, gather.times) == ("all-gather", ("bf16[64,128]",), 24)
     assert gather.group == tuple(range(8))
     assert gather.covered_cycles == 1000
     assert gather.source == "step/gather"
-    assert (reduce.kind, reduce.parts, reduce.group) == ("all-reduce", (2048.0,), (0, 1))
+    assert (reduce.kind, reduce.shapes, reduce.group) == ("all-reduce", ("bf16[8,128]",), (0, 1))
     assert reduce.covered_cycles == 0
 
 
 def test_a_loop_without_a_constant_is_told_and_runs_as_often_as_is_said() -> None:
     text = PROGRAM.replace("constant(24)", "get-tuple-element(%t), index=0")
-    cost = schedule.cost(parse(text), unknown_trips=2.5)
+    cost = schedule.cost(parse(text), V5E, unknown_trips=2.5)
     assert cost.cycles == 2.5 * 1010 + 40
     assert cost.unknown_loops == 1
     with pytest.raises(ValueError, match="no ENTRY"):
@@ -190,7 +191,9 @@ def test_a_transfer_takes_its_bytes_over_its_links() -> None:
     axes = {"data": 4, "model": 4}
 
     def took(kind: str, group: Any, covered: float = 0.0) -> Transfer:
-        return transfer(Collective(kind, (45e6,), 3, group, covered, "x"), rows, axes, slice_)
+        return transfer(
+            Collective(kind, ("s8[45000000]",), 3, group, covered, "x"), rows, axes, slice_
+        )
 
     gather = took("all-gather", (0, 1, 2, 3))
     assert gather.axes == "model"
@@ -205,9 +208,10 @@ def test_a_transfer_takes_its_bytes_over_its_links() -> None:
 
 def test_a_step_lies_between_its_bounds() -> None:
     slice_ = find("v5e-16")
-    facts = {"cycles": 1.5e9, "most_cycles": 1.8e9, "hbm_bytes": 819e9 / 2, "tokens": 1000}
+    facts = {"cycles": 1.5e9, "most_cycles": 1.8e9, "hbm_bytes": 819e9 / 2, "tokens": 1000,
+             "unpriced_kernels": 0}  # fmt: skip
     moved = transfer(
-        Collective("all-gather", (45e9,), 1, tuple(range(4)), 0.0, ""),
+        Collective("all-gather", ("s8[45000000000]",), 1, tuple(range(4)), 0.0, ""),
         places((4, 4)), {"fsdp": 16}, slice_,
     )  # fmt: skip
     found = estimate({**facts, "model_flops": 0.7 * 16 * 197e12}, [moved], slice_, 1.2)
@@ -225,22 +229,6 @@ def test_a_step_lies_between_its_bounds() -> None:
 STATE = {"path": "w_DF", "role": "state", "shape": [512, 2048], "itemsize": 4, "axes": ["fsdp"]}
 
 
-def moved(kind: str, megabytes: float, axes: str = "fsdp") -> Transfer:
-    return Transfer(kind, axes, (megabytes * 2**20,), 24, 1.0, 1.0, "jit(step)/while/body/mlp/dot")
-
-
-def test_parameters_may_travel_and_activations_not() -> None:
-    mesh = {"fsdp": 4, "model": 2}
-    whole = 512 * 4 * 2048 * 2 / 2**20  # gathered, in bfloat16
-    assert not unexplained([STATE], [moved("all-gather", whole)], mesh)
-    assert not unexplained([STATE], [moved("all-reduce", 4.0)], mesh)
-    assert not unexplained([STATE], [moved("all-gather", 7.0, "model")], mesh)
-    assert not unexplained([STATE], [moved("all-reduce", 0.001)], mesh)
-    (said,) = unexplained([STATE], [moved("all-gather", 7.0)], mesh)
-    assert said.startswith("all-gather of 7.3 MB over fsdp, 24 × a step, is no parameter")
-    assert said.endswith("jit(step)/mlp/dot")
-
-
 def test_padding_donation_and_wide_products_are_found() -> None:
     assert not padding([STATE])
     (said,) = padding([{**STATE, "shape": [4096, 24, 40]}])
@@ -248,7 +236,7 @@ def test_padding_donation_and_wide_products_are_found() -> None:
     facts = {"returned_bytes": 1e9, "aliased_bytes": 1e9, "flops": 100.0, "narrow_flops": 99.0}
     assert not donation(facts)
     assert not wide_products(facts)
-    assert "1.00 GB" in donation({**facts, "aliased_bytes": 0})[0]
+    assert "1,000 MB" in donation({**facts, "aliased_bytes": 0})[0]
     assert wide_products({**facts, "narrow_flops": 40.0})[0].startswith("60% of the products'")
     everything = {**facts, "arguments": [STATE], "mesh": {"fsdp": 4}, "host_transfers": ["outfeed"]}
     assert lint(everything, []) == ["a transfer to the host in the step: outfeed"]
@@ -295,7 +283,8 @@ def made(fits: bool = True) -> plan.Plan:
         "cycles": 1.5e9, "most_cycles": 1.8e9, "hbm_bytes": 4e11, "model_flops": 1e15,
         "tokens": 1000, "collectives": [], "places": [], "arguments": [], "mesh": {"fsdp": 16},
         "host_transfers": [], "returned_bytes": 1, "aliased_bytes": 1, "flops": 1.0,
-        "narrow_flops": 1.0, "largest": [{"bytes": 2**30, "shape": "f32[8]", "source": "here"}],
+        "narrow_flops": 1.0, "unpriced_kernels": 0,
+        "largest": [{"bytes": 2**30, "shape": "f32[8]", "source": "here"}],
     }  # fmt: skip
     return plan.conclude(facts, find("v5e-16"), {"fsdp": 16}, {})
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ GIB = 2**30
 COLUMNS = ("target", "mesh", "HBM of GiB", "step", "MFU", "tokens/s", "bounds", "compute", "HBM",
            "network", "bare", "$/10⁹")  # fmt: skip
 NARROW = (0, 1, 2, 3, 4, 5)
-WIDE = 132
+ENDLESS = 10_000  # columns: where nobody looks, nothing is cut
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
@@ -31,7 +33,15 @@ def seconds(value: float) -> str:
     """Write a time with three digits."""
     if value >= 1:
         return f"{value:.2f} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+    for unit, scale in (("ms", 1e3), ("us", 1e6), ("ns", 1e9)):
+        if value * scale >= 1:
+            return f"{value * scale:.{2 - math.floor(math.log10(min(value * scale, 999)))}f} {unit}"
+    return "<1 ns" if value else "0 s"
+
+
+def gib(value: float) -> str:
+    """Write bytes in GiB, with two digits at least of what is small."""
+    return f"{value / GIB:.2f}" if value >= 0.1 * GIB or not value else f"{value / GIB:.2g}"
 
 
 def ordered(plans: Sequence["Plan"]) -> list["Plan"]:
@@ -41,7 +51,7 @@ def ordered(plans: Sequence["Plan"]) -> list["Plan"]:
         plans,
         key=lambda one: (
             targets.index(one.slice.name),
-            one.estimate.step if one.estimate else 1e9,
+            (one.estimate.step or one.estimate.least) if one.estimate else math.inf,
             bool(one.why_not),
         ),
     )
@@ -51,19 +61,9 @@ def show(plans: Sequence["Plan"], spent: float) -> None:
     """Print a row for each plan, then what else there is to say."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=WIDE)
-    shown = [i for i in range(len(COLUMNS)) if console.width >= WIDE or i in NARROW]
-    table = Table(box=rich.box.SIMPLE, header_style="bold")
-    for i in shown:
-        table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True)
-    for one in ordered(plans):
-        cells = _cells(one)
-        table.add_row(*[cells[i] for i in shown if i < len(cells)])
+        console = Console(width=ENDLESS)
     if plans:
-        console.print(table)
-        if len(shown) < len(COLUMNS):
-            hidden = ", ".join(name for i, name in enumerate(COLUMNS) if i not in shown)
-            console.print(f"A terminal of {WIDE} columns also shows {hidden}; so does --json.")
+        _tabulate(console, plans)
     for one in ordered(plans):
         _tell(console, one)
     kept = sum(bool(one.facts.get("cached")) for one in plans)
@@ -73,27 +73,57 @@ def show(plans: Sequence["Plan"], spent: float) -> None:
     )
 
 
+def _tabulate(console: Console, plans: Sequence["Plan"]) -> None:
+    """Print all columns if they have room, or some, or a block for each plan."""
+    rows = [_cells(one) for one in ordered(plans)]
+    widths = []
+    for shown in (range(len(COLUMNS)), NARROW):
+        table = Table(box=rich.box.SIMPLE, header_style="bold")
+        for i in shown:
+            table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True)
+        for cells in rows:
+            table.add_row(*[cells[i] for i in shown if i < len(cells)])
+        widths.append(Console(width=ENDLESS).measure(table).maximum)
+        if widths[-1] <= console.width:
+            console.print(table)
+            if len(widths) > 1:
+                hidden = ", ".join(name for i, name in enumerate(COLUMNS) if i not in shown)
+                also = f"A terminal of {widths[0]} columns also shows {hidden}; so does --json."
+                console.print(also)
+            return
+    for cells in rows:
+        console.print(f"[bold]{cells[0]} {cells[1]}[/]")
+        for name, cell in zip(COLUMNS[2:], cells[2:], strict=False):
+            console.print(f"  {name} {cell}", highlight=False)
+
+
 def _cells(one: "Plan") -> list[str]:
     facts, found = one.facts, one.estimate
     head = [one.slice.name, mesh_text(one.mesh)]
     if one.why_not:
         return [*head, "[yellow]no plan[/]"]
-    memory = f"{facts['used'] / GIB:.2f}/{facts['limit'] / GIB:.2f}"
+    memory = f"{gib(facts['used'])}/{gib(facts['limit'])}"
     if found is None:
         return [*head, f"[red]{memory} too much[/]"]
     return [
         *head,
         memory,
-        seconds(found.step),
+        seconds(found.step) if found.step is not None else "",
         f"{found.mfu:.1%}" if found.mfu is not None else "",
-        f"{found.tokens_per_s:,.0f}",
-        f"{seconds(found.least)}–{seconds(found.most)}",
+        f"{found.tokens_per_s:,.0f}" if found.tokens_per_s is not None else "",
+        f"{seconds(found.least)}–{seconds(found.most) if found.most is not None else '?'}",
         seconds(found.compute),
         seconds(found.memory),
         seconds(sum(found.transfers.values())),
         seconds(found.exposed),
-        f"{found.dollars_per_billion_tokens:,.0f}" if found.dollars_per_billion_tokens else "–",
+        _dollars(found.dollars_per_billion_tokens),
     ]
+
+
+def _dollars(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _tell(console: Console, one: "Plan") -> None:
@@ -101,9 +131,9 @@ def _tell(console: Console, one: "Plan") -> None:
     if one.why_not:
         lines.append(f"no plan: {one.why_not}")
     if one.facts.get("fits") is False:
-        used, limit = one.facts["used"] / GIB, one.facts["limit"] / GIB
-        lines.append(f"does not fit: {used:.2f} GiB wanted on a device of {limit:.2f}")
-        lines += [f"large: {x['bytes'] / GIB:.2f} GiB {x['shape']} {x['source']}"
+        used, limit = gib(one.facts["used"]), gib(one.facts["limit"])
+        lines.append(f"does not fit: {used} GiB wanted on a device of {limit}")
+        lines += [f"large: {gib(x['bytes'])} GiB {x['shape']} {x['source']}"
                   for x in one.facts["largest"][:3]]  # fmt: skip
         lines.append(one.advice or "take more devices, a smaller batch or remat='full'")
     lines += [f"lint: {text}" for text in one.findings]
@@ -114,13 +144,38 @@ def _tell(console: Console, one: "Plan") -> None:
             f"{one.facts['unknown_loops']} loops of the schedule have no constant count: taken as "
             f"{one.facts['unknown_trips']:.3g}, the mean of the traced program"
         )
-    if one.estimate and len(one.estimate.transfers) > 1:
-        split = ", ".join(f"{axis} {seconds(s)}" for axis, s in one.estimate.transfers.items())
-        lines.append(f"network by axis: {split}")
+    if n := one.facts.get("priced_kernels"):
+        lines.append(f"Pallas kernels that count with their declared cost, at peak rates: {n}")
+    if n := one.facts.get("unpriced_kernels"):
+        lines.append(
+            f"Pallas kernels that are not in compute time: {n}; they declare no cost "
+            f"(cost_estimate of pallas_call), so the step and MFU are not known"
+        )
+    elif one.estimate and one.estimate.mfu is None:
+        lines.append(
+            "MFU is left out: it would be above 100 %, so the time, or what a kernel declares, is "
+            "wrong"
+        )
+    for axes, (moved, spent, bare) in network(one).items():
+        lines.append(
+            f"network over {axes}: {moved / 1e6:,.3g} MB a step, {seconds(spent)}, of which "
+            f"{seconds(bare)} bare"
+        )
+    if one.facts.get("not_kept"):
+        lines.append(f"not kept for another time: {one.facts['not_kept']}; see --cache")
     if lines:
         console.print(f"[bold]{one.slice.name} {mesh_text(one.mesh)}[/]")
         for line in lines:
             console.print("  " + escape(line), soft_wrap=False, highlight=False)
+
+
+def network(one: "Plan") -> dict[str, tuple[float, float, float]]:
+    """Sum bytes, seconds and bare seconds of a step's transfers, by the axes of the mesh."""
+    made: dict[str, tuple[float, float, float]] = {}
+    for x in one.transfers:
+        moved, spent, bare = made.get(x.axes, (0.0, 0.0, 0.0))
+        made[x.axes] = (moved + x.bytes * x.times, spent + x.seconds, bare + x.exposed)
+    return {axes: sums for axes, sums in made.items() if sums[1]}
 
 
 def record(one: "Plan") -> dict[str, Any]:
@@ -136,9 +191,30 @@ def record(one: "Plan") -> dict[str, Any]:
         "transfers": [
             {**dataclasses.asdict(x), "bytes": x.bytes} for x in one.transfers if x.seconds
         ],
+        "network": {
+            axes: dict(zip(("bytes", "seconds", "bare"), sums, strict=True))
+            for axes, sums in network(one).items()
+        },
         "lint": list(one.findings),
         "advice": one.advice,
     }
+
+
+def check_paths(json_file: str, picture: str) -> None:
+    """Refuse paths that could not be written, before anything is compiled.
+
+    Raises: ValueError: a folder, a place that cannot be written to, or no kind of picture.
+    """
+    kinds = matplotlib.figure.Figure().canvas.get_supported_filetypes()
+    if picture and pathlib.Path(picture).suffix.lstrip(".").lower() not in kinds:
+        raise ValueError(f"--picture={picture} must end in one of .{', .'.join(sorted(kinds))}")
+    for name, given in (("json", json_file), ("picture", picture)):
+        path = pathlib.Path(given)
+        if given and path.is_dir():
+            raise ValueError(f"--{name}={given} is a folder: name a file in it")
+        folder = next(p for p in path.absolute().parents if p.exists())
+        if given and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(f"--{name}={given} cannot be written: {folder} takes no files")
 
 
 def write_json(path: pathlib.Path, plans: Sequence["Plan"]) -> None:
@@ -164,7 +240,8 @@ def draw(path: pathlib.Path, plans: Sequence["Plan"]) -> None:
             busy = max(e.compute, e.memory)
             right.barh(y, busy, color="#4269d0", height=0.6)
             right.barh(y, e.exposed, left=busy, color="#efb118", height=0.6)
-            right.plot([e.least, e.most], [y, y], color="#1b1f24", linewidth=1)
+            if e.most is not None:
+                right.plot([e.least, e.most], [y, y], color="#1b1f24", linewidth=1)
     left.set_yticks(range(len(rows)), names)
     left.set_xlabel("memory of a device, GiB (line: the limit)")
     right.set_xlabel("step, s (blue: busy, yellow: bare network, line: bounds)")

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tpu.hlo import size
 from tpu.topology import Slice
 from tpu.traffic import Collective
 
@@ -24,7 +25,7 @@ class Transfer:
 
     kind: str
     axes: str
-    parts: tuple[float, ...]
+    shapes: tuple[str, ...]
     times: float
     seconds: float
     exposed: float
@@ -33,7 +34,7 @@ class Transfer:
     @property
     def bytes(self) -> float:
         """Of all its arrays."""
-        return math.fsum(self.parts)
+        return math.fsum(map(size, self.shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Estimate:
     transfers: dict[str, float]
     exposed: float
     least: float
-    step: float
-    most: float
+    step: float | None
+    most: float | None
     mfu: float | None
-    tokens_per_s: float
+    tokens_per_s: float | None
     dollars_per_billion_tokens: float | None
 
 
@@ -105,7 +106,7 @@ def transfer(found: Collective, places: Any, axes: dict[str, int], slice_: Slice
     return Transfer(
         found.kind,
         _axes_of(members, axes),  # type: ignore[arg-type]
-        found.parts,
+        found.shapes,
         found.times,
         seconds * found.times,
         max(seconds - hidden, 0.0) * found.times,
@@ -140,11 +141,13 @@ def estimate(
     """Put a step's times together.
 
     Args:
-      facts: of the compiled program: cycles, most_cycles, hbm_bytes, model_flops, tokens.
+      facts: of the compiled program: cycles, most_cycles, hbm_bytes, model_flops, tokens, and how
+        many Pallas kernels declare no cost.
       transfers: all of them.
       slice_: the target.
       dollars_per_chip_hour: None leaves the cost out.
-    Returns: the times. Utilisation counts the model's operations, without what is computed twice.
+    Returns: the times. Utilisation counts the model's operations, without what is computed twice;
+      above 1, which cannot be, it is None. With a kernel of unknown cost only the least is known.
     """
     made = slice_.generation
     compute = facts["cycles"] / made.clock_hz
@@ -154,10 +157,12 @@ def estimate(
         by_axis[one.axes] = by_axis.get(one.axes, 0.0) + one.seconds
     exposed = math.fsum(one.exposed for one in transfers)
     step = max(compute, memory) + exposed
-    least = max([compute, memory, *by_axis.values()])
+    least = min(max([compute, memory, *by_axis.values()]), step)
+    if facts["unpriced_kernels"]:
+        return Estimate(compute, memory, by_axis, exposed, least, None, None, None, None, None)
     most = facts["most_cycles"] / made.clock_hz + memory + math.fsum(by_axis.values())
     peak = slice_.devices * made.device_bf16_flops
-    flops = facts["model_flops"]
+    mfu = facts["model_flops"] / (peak * step)
     tokens = facts["tokens"] / step
     cost = None
     if dollars_per_chip_hour is not None:
@@ -167,10 +172,10 @@ def estimate(
         memory,
         by_axis,
         exposed,
-        min(least, step),
+        least,
         step,
         max(most, step),
-        flops / (peak * step) if flops is not None else None,
+        mfu if mfu <= 1 else None,
         tokens,
         cost,
     )

@@ -44,6 +44,8 @@ class Count:
     """The part of it whose factors are narrower than 4 bytes, as matrix units want them."""
     iterations: list[float] = dataclasses.field(default_factory=list)
     """How often each loop ran whose bounds were computed, each time it was met."""
+    in_kernel: bool = False
+    """Inside a Pallas kernel that declares no cost: of a choice the most is counted there."""
     mesh: Any = None
     """Of the `shard_map` that is being walked, if it is in one."""
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -294,7 +296,7 @@ def _while(eqn: Any, inputs: list[Any], made: Count, times: float) -> list[Any]:
     condition, body = _opened(params["cond_jaxpr"]), _opened(params["body_jaxpr"])
     first, last = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     asks, fixed, carry = inputs[:first], inputs[first:last], inputs[last:]
-    each, trips = Count(mesh=made.mesh), 0
+    each, trips = Count(mesh=made.mesh, in_kernel=made.in_kernel), 0
     simple = not _has_loops(body[0])
     while trips < _LONGEST:
         (goes_on,) = _walk(*condition, asks + carry, Count(), 0.0)
@@ -307,7 +309,7 @@ def _while(eqn: Any, inputs: list[Any], made: Count, times: float) -> list[Any]:
         if not goes_on:
             break
         # Only the first iteration of a body without loops has to be counted: all are alike.
-        here = each if not simple or not trips else Count(mesh=made.mesh)
+        here = each if not simple or not trips else Count(mesh=made.mesh, in_kernel=made.in_kernel)
         carry = _walk(*body, fixed + carry, here, times)
         trips += 1
     factor = trips if simple else 1
@@ -323,15 +325,16 @@ def _cond(eqn: Any, inputs: list[Any], made: Count, times: float) -> list[Any]:
     if index is not _UNKNOWN:
         branch = branches[int(np.clip(index, 0, len(branches) - 1))]
         return _walk(*_opened(branch), inputs[1:], made, times)
-    each = [Count(mesh=made.mesh) for _ in branches]
+    each = [Count(mesh=made.mesh, in_kernel=made.in_kernel) for _ in branches]
     for branch, mine in zip(branches, each, strict=True):
         _walk(*_opened(branch), inputs[1:], mine, times)
-    least = min(each, key=lambda mine: mine.flops)
-    if least.flops < max(mine.flops for mine in each):
+    pick = max if made.in_kernel else min  # a kernel's first and last blocks do more, all do most
+    chosen = pick(each, key=lambda mine: mine.flops)
+    if not made.in_kernel and any(mine.flops > chosen.flops for mine in each):
         made.note("of a choice that depends on data the branch with fewer operations is counted")
-    made.flops, made.narrow = made.flops + least.flops, made.narrow + least.narrow
-    made.iterations += least.iterations
-    for text in least.notes:
+    made.flops, made.narrow = made.flops + chosen.flops, made.narrow + chosen.narrow
+    made.iterations += chosen.iterations
+    for text in chosen.notes:
         made.note(text)
     return [_UNKNOWN] * len(eqn.outvars)
 
@@ -350,8 +353,15 @@ def _pallas(eqn: Any, made: Count, times: float) -> None:
 
 
 def _walk_kernel(jaxpr: Any, made: Count, times: float) -> None:
-    made.note("a Pallas kernel without a cost_estimate: its body is counted for each grid point")
-    _walk(jaxpr, [_UNKNOWN] * len(jaxpr.constvars), [_UNKNOWN] * len(jaxpr.invars), made, times)
+    made.note(
+        "a Pallas kernel without a cost_estimate: all of its body is counted for each grid point, "
+        "which may be more than runs"
+    )
+    inside = Count(mesh=made.mesh, in_kernel=True)
+    _walk(jaxpr, [_UNKNOWN] * len(jaxpr.constvars), [_UNKNOWN] * len(jaxpr.invars), inside, times)
+    made.flops, made.narrow = made.flops + inside.flops, made.narrow + inside.narrow
+    for text in inside.notes:
+        made.note(text)
 
 
 def _programs(eqn: Any) -> list[Any]:

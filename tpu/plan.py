@@ -9,7 +9,8 @@ schedule and its traffic. No TPU is needed, and none was used to check the times
 
 --step names a function of yours, from a mesh to (jitted step, its abstract arguments, tokens a
 step); the first argument is the state. With `batch` and `remat` among its parameters a plan that
-does not fit also says what would. --experiment=M means --step=M:plan_step.
+does not fit also says what would. --experiment=M means --step=M:plan_step. The file may lie in any
+folder: give the command there, after `pip install -e 'CHECKOUT[tpu]'` of this repository.
 
   # mine.py
   import jax, jax_attn as ja
@@ -33,10 +34,13 @@ every way to spread the devices over --axes and ranks them. --prices=FILE is JSO
 chip and hour, {"v5e": 1.2}. Compiles are kept in --cache by the program, libtpu and flags. --jobs
 are compiled at a time, each in 1 to 3 GB.
 
+Pallas kernels count with the cost that they declare, as the least that they can take; where one
+declares none (`cost_estimate` of pallas_call), the step has a least time and no more.
 Columns: HBM used of what there is, on the fullest device; compute, HBM and network seconds of a
 step, and the part of the network that no work hides (bare); the step, from perfect overlap to none;
 MFU; tokens a second; dollars for a billion tokens.
-Exit status: 0 all fit, 1 something does not, 2 wrong arguments, 130 Ctrl-C.
+Exit status: 0 all fit, 1 something does not or cannot be planned, 2 wrong arguments, 130 Ctrl-C or
+SIGTERM.
 """
 
 import concurrent.futures
@@ -46,23 +50,22 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import pathlib
-import subprocess
+import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from jax_attn.command_line import Nothing, parse_both
-from tpu import _plan_report
+from tpu import _plan_ask, _plan_report
+from tpu._plan_fit import what_fits
 from tpu.estimate import Estimate, Transfer, estimate, transfer
 from tpu.lint import lint
-from tpu.topology import Slice, find
+from tpu.topology import GENERATIONS, Slice, find
 from tpu.traffic import Collective
 
 AXES = ("data", "fsdp", "context", "model")
@@ -88,10 +91,6 @@ class Config:
     cache: str = ".cache/tpu-plan"
     limit_s: float = 900.0
     jobs: int = 2
-
-
-_running: set[subprocess.Popen[str]] = set()
-_stopping = threading.Event()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,62 +147,6 @@ def meshes(cfg: Config, slice_: Slice) -> list[dict[str, int]]:
     return [sizes]
 
 
-def ask(
-    cfg: Config, options: dict[str, Any], slice_: Slice, mesh: dict[str, int]
-) -> dict[str, Any]:
-    """Compile in a process of its own, whose environment alone is made for it.
-
-    Args:
-      cfg, options: the step, and what its function is called with.
-      slice_, mesh: for what.
-    Returns: the facts, or {"refused": why} or {"failed": why}.
-    """
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    request = {"step": cfg.step or f"{cfg.experiment}:plan_step", "target": slice_.name,
-               "mesh": mesh, "options": options, "cache": cfg.cache}  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="tpu-plan-") as folder:
-        asked, answer = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "result.json")
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", "tpu._plan_child", str(asked), str(answer)]
-        with _started(command, environment) as process:
-            try:
-                _, errors = process.communicate(timeout=cfg.limit_s)
-            except subprocess.TimeoutExpired:
-                return {"failed": f"no answer within --limit_s={cfg.limit_s:g} seconds"}
-        if not answer.exists():
-            last = [line for line in errors.splitlines() if line.strip()]
-            said = last[-1][:200] if last else "it said nothing"
-            return {"failed": f"the compiler's process ended with {process.returncode}: {said}"}
-        return json.loads(answer.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def _started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that does not outlive the block, nor a Ctrl-C in another thread."""
-    if _stopping.is_set():
-        raise KeyboardInterrupt
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    _running.add(process)
-    try:
-        if _stopping.is_set():
-            raise KeyboardInterrupt
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        if process.stderr is not None:
-            process.stderr.close()
-        _running.discard(process)
-
-
 def conclude(
     facts: dict[str, Any], slice_: Slice, mesh: dict[str, int], prices: dict[str, float]
 ) -> Plan:
@@ -221,7 +164,7 @@ def conclude(
         transfer(
             Collective(
                 one["kind"],
-                tuple(one["parts"]),
+                tuple(one["shapes"]),
                 one["times"],
                 tuple(tuple(m) if isinstance(m, list) else m for m in one["group"]),  # type: ignore[arg-type]
                 one["covered_cycles"],
@@ -244,35 +187,6 @@ def conclude(
     )
 
 
-def what_fits(
-    cfg: Config, options: dict[str, Any], slice_: Slice, mesh: dict[str, int], facts: dict[str, Any]
-) -> str:
-    """Find what would fit: full rematerialisation, or else the largest batch, by bisection.
-
-    Args:
-      cfg, options, slice_, mesh: as for `ask`.
-      facts: of the plan that does not fit.
-    Returns: a line of advice.
-    """
-    first = ask(cfg, {**options, "remat": "full"}, slice_, mesh)
-    if first.get("fits"):
-        return f"fits with remat='full': {first['used'] / 2**30:.1f} GiB"
-    if "refused" in first and "takes no" in first["refused"]:
-        return "give the step's function `batch` and `remat` to be told what would fit"
-    rows = mesh.get("data", 1) * mesh.get("fsdp", 1)
-    batch = facts.get("batch") or options.get("batch")
-    if not batch:
-        return "also not with remat='full'; give --batch to search for the largest that fits"
-    low, high = 0, batch // rows  # in rows of each device
-    while high - low > 1:
-        middle = (low + high) // 2
-        tried = ask(cfg, {**options, "remat": "full", "batch": middle * rows}, slice_, mesh)
-        low, high = (middle, high) if tried.get("fits") else (low, middle)
-    if not low:
-        return f"not even a batch of {rows} fits, with remat='full': take more devices"
-    return f"fits with remat='full' and batch {low * rows}, and not with {(low + 1) * rows}"
-
-
 def check(cfg: Config) -> list[Slice]:
     """Refuse what means nothing, before anything is compiled; return the targets."""
     if bool(cfg.experiment) == bool(cfg.step):
@@ -283,6 +197,8 @@ def check(cfg: Config) -> list[Slice]:
         raise ValueError("--mesh names one mesh, --search tries all: give one of them")
     if cfg.batch < 0 or cfg.limit_s <= 0 or cfg.jobs < 1:
         raise ValueError("--batch must be at least 0, --limit_s above 0, --jobs at least 1")
+    read_prices(cfg.prices)
+    _plan_report.check_paths(cfg.json, cfg.picture)
     found = [find(name) for name in cfg.target.split(",")]
     if several := [one.name for one in found if one.slices > 1]:
         raise ValueError(f"--target={several[0]}: one slice at a time; plan it as {several[0][2:]}")
@@ -299,34 +215,70 @@ def read_prices(path: str) -> dict[str, float]:
         return {}
     try:
         made = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        return {str(name): float(price) for name, price in made.items()}
+        prices = {str(name): float(price) for name, price in made.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f'--prices={path} must be JSON such as {{"v5e": 1.2}}: {error}') from None
+    there = [generation.name for generation in GENERATIONS]
+    for name, price in prices.items():
+        if name not in there:
+            raise ValueError(f"--prices={path}: no TPU {name!r}; there are {', '.join(there)}")
+        if not (math.isfinite(price) and price > 0):
+            raise ValueError(f"--prices={path}: {name} must cost more than 0, got {price}")
+    return prices
 
 
-def plans(cfg: Config, preset: str, targets: Sequence[Slice]) -> Iterator[Plan]:
+def plans(cfg: Config, options: dict[str, Any], targets: Sequence[Slice]) -> Iterator[Plan]:
     """Plan for every target and mesh, --jobs at a time, and yield them in their order."""
     prices = read_prices(cfg.prices)
-    options = {"preset": preset or None, "batch": cfg.batch or None, "remat": cfg.remat or None}
 
     def one(asked: tuple[Slice, dict[str, int]]) -> Plan:
-        slice_, mesh = asked
-        facts = ask(cfg, options, slice_, mesh)
-        made = conclude(facts, slice_, mesh, prices)
-        if facts.get("fits") is False and cfg.fit and not cfg.search:
-            advice = what_fits(cfg, options, slice_, mesh, facts)
-            made = dataclasses.replace(made, advice=advice)
-        return made
+        return conclude(_plan_ask.ask(cfg, options, *asked), *asked, prices)
 
-    every = [(slice_, mesh) for slice_ in targets for mesh in meshes(cfg, slice_)]
-    _stopping.clear()
+    yield from _each(cfg, one, [(s, mesh) for s in targets for mesh in meshes(cfg, s)])
+
+
+def advised(
+    cfg: Config, options: dict[str, Any], made: Sequence[Plan], tell: Callable[[str], None]
+) -> Iterator[Plan]:
+    """Yield the plans, each that does not fit with what would.
+
+    Args:
+      cfg, options: as for `ask`.
+      made: all plans. Of a target's meshes, under --search, only the nearest to fitting is asked
+        about, and only if none fits.
+      tell: is told what is tried.
+    Returns: an iterator.
+    """
+
+    def wanted(one: Plan) -> bool:
+        if one.facts.get("fits") is not False or not cfg.fit:
+            return False
+        same = [x for x in made if x.slice == one.slice and "fits" in x.facts]
+        nearest = min(same, key=lambda x: (not x.facts["fits"], x.facts["used"]))
+        return one is nearest if cfg.search else True
+
+    def one(plan: Plan) -> Plan:
+        def attempt(other: dict[str, Any]) -> dict[str, Any]:
+            words = " ".join(f"{name}={value}" for name, value in other.items())
+            tell(f"{plan.slice.name} {_plan_report.mesh_text(plan.mesh)} does not fit: try {words}")
+            return _plan_ask.ask(cfg, {**options, **other}, plan.slice, plan.mesh)
+
+        if not wanted(plan):
+            return plan
+        rows = plan.mesh.get("data", 1) * plan.mesh.get("fsdp", 1)
+        advice = what_fits(attempt, plan.facts, rows, options)
+        return dataclasses.replace(plan, advice=advice)
+
+    yield from _each(cfg, one, made)
+
+
+def _each(cfg: Config, one: Callable[[Any], Plan], every: Sequence[Any]) -> Iterator[Plan]:
+    _plan_ask.stopping.clear()
     with concurrent.futures.ThreadPoolExecutor(cfg.jobs) as pool:
         try:
             yield from pool.map(one, every)
         finally:  # all are done, or nobody waits for the others
-            _stopping.set()
-            for process in list(_running):
-                process.kill()
+            _plan_ask.stop()
             pool.shutdown(cancel_futures=True)
 
 
@@ -340,21 +292,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(chosen) > 1:
             raise ValueError("--preset is given twice")
         targets = check(cfg)
-        read_prices(cfg.prices)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    preset = chosen[0] if chosen else None
+    options = {"preset": preset or None, "batch": cfg.batch or None, "remat": cfg.remat or None}
     began, made, status = time.monotonic(), [], 0
     talks = Console(stderr=True)
     total = sum(len(meshes(cfg, one)) for one in targets)
     try:
-        with talks.status(f"compiling 1 of {total}") as shown:
-            for one in plans(cfg, chosen[0] if chosen else "", targets):
-                made.append(one)
-                shown.update(f"compiling {min(len(made) + 1, total)} of {total}")
+        with _ended_by_sigterm(), talks.status(f"compiling 1 of {total}") as shown:
+
+            def tell(text: str) -> None:
+                shown.update(text)
                 if not talks.is_terminal:
-                    print(f"{len(made)} of {total}: {one.slice.name} "
-                          f"{_plan_report.mesh_text(one.mesh)}", file=sys.stderr)  # fmt: skip
+                    print(text, file=sys.stderr)
+
+            for one in plans(cfg, options, targets):
+                made.append(one)
+                tell(f"{len(made)} of {total}: {one.slice.name} "
+                     f"{_plan_report.mesh_text(one.mesh)}")  # fmt: skip
+            made = list(advised(cfg, options, made, tell))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
@@ -367,7 +325,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if any(one.facts.get("wrong") for one in made):
+        status = status or 2
     return status or (0 if made and all(one.facts.get("fits") for one in made) else 1)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM do as Ctrl-C: what is being compiled ends too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Sum what a scheduled program takes on one device: cycles, memory traffic, transfers.
 
 The text of an optimised module is its schedule: instructions of a computation run in the order they
-stand in. Most fusions carry the compiler's estimate of their cycles. Where the compiler does not
-know how often a loop runs, as where bounds come from a mask, the caller says it. Of the branches of
-a conditional the least and the most are kept apart. Estimates rank programs; none was compared with
-a TPU.
+stand in. Most fusions carry the compiler's estimate of their cycles. A Pallas kernel has none: it
+counts with the cost that it declares, at the chip's peak rates, the least that it can take. Where
+the compiler does not know how often a loop runs, as where bounds come from a mask, the caller says
+it. Of the branches of a conditional the least and the most are kept apart. Estimates rank programs;
+none was compared with a TPU.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ import re
 from typing import Any
 
 from tpu.hlo import Instruction, Module, size, trips
-from tpu.traffic import Collective, collectives
+from tpu.topology import Generation
+from tpu.traffic import Collective, collectives, source
 
 
 @dataclasses.dataclass
@@ -24,25 +26,31 @@ class Cost:
     hbm_bytes: float = 0.0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     unknown_loops: int = 0
-    custom_calls: dict[str, int] = dataclasses.field(default_factory=dict)
+    priced_kernels: int = 0
+    """Pallas kernels in the program that declare a cost."""
+    unpriced_kernels: int = 0
+    """Those that declare none: their time is in no sum."""
 
 
-def cost(module: Module, unknown_trips: float = 1.0) -> Cost:
+def cost(module: Module, generation: Generation, unknown_trips: float = 1.0) -> Cost:
     """Sum what one step takes on one device.
 
     Args:
       module: from `parse`.
+      generation: whose rates the declared costs of kernels are divided by.
       unknown_trips: how often a loop runs whose count the compiler does not know.
     Returns: the sums. Bytes are of what instructions read and write in the main memory; of an array
       that a fusion only cuts a slice from, the slice.
     """
     made = Cost()
-    made.cycles, made.most_cycles = _walk(module, module.entry, 1.0, unknown_trips, made)
+    made.cycles, made.most_cycles = _walk(
+        module, module.entry, 1.0, unknown_trips, generation, made
+    )
     return made
 
 
 def _walk(
-    module: Module, name: str, times: float, unknown: float, made: Cost
+    module: Module, name: str, times: float, unknown: float, chip: Generation, made: Cost
 ) -> tuple[float, float]:
     """Walk a computation; return its cycles, at least and at most, of one execution."""
     lines = module.computations[name]
@@ -55,31 +63,62 @@ def _walk(
             if count is None:
                 made.unknown_loops += 1
             rounds = unknown if count is None else count
-            low, high = _walk(module, line.calls("body")[0], times * rounds, unknown, made)
+            low, high = _walk(module, line.calls("body")[0], times * rounds, unknown, chip, made)
             least, most = least + rounds * low, most + rounds * high
         elif line.opcode == "conditional":
             each = [Cost() for _ in line.calls("branch_computations")]
             spans = [
-                _walk(module, branch, times, unknown, mine)
+                _walk(module, branch, times, unknown, chip, mine)
                 for branch, mine in zip(line.calls("branch_computations"), each, strict=True)
             ]
             least, most = least + min(s[0] for s in spans), most + max(s[1] for s in spans)
             first = min(range(len(spans)), key=lambda i: spans[i][0])
             made.hbm_bytes += each[first].hbm_bytes
             made.collectives += each[first].collectives
+            for mine in each:
+                made.unknown_loops += mine.unknown_loops
+                made.priced_kernels += mine.priced_kernels
+                made.unpriced_kernels += mine.unpriced_kernels
         elif line.opcode == "call":
-            low, high = _walk(module, line.calls("to_apply")[0], times, unknown, made)
+            low, high = _walk(module, line.calls("to_apply")[0], times, unknown, chip, made)
             least, most = least + low, most + high
         else:
-            least, most = least + line.cycles, most + line.cycles
+            cycles = line.cycles + _kernels(module, line, chip, made)
+            least, most = least + cycles, most + cycles
             made.hbm_bytes += times * _traffic(module, line, shapes)
-            if line.opcode == "custom-call":
-                target = re.search(r'custom_call_target="([^"]*)"', line.rest)
-                label = target[1] if target else "?"
-                made.custom_calls[label] = made.custom_calls.get(label, 0) + 1
         ends.append(least)
     made.collectives += collectives(module, lines, ends, times)
     return least, most
+
+
+def _kernels(module: Module, line: Instruction, chip: Generation, made: Cost) -> float:
+    """Count the Pallas kernels that a line runs; return the cycles that they take at least."""
+    called = line.calls("calls") + line.calls("to_apply")
+    inside = [x for name in called for x in module.computations.get(name, ())]
+    total = 0.0
+    for one in (line, *inside):
+        if one.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in one.rest:
+            continue
+        flops, moved = declared(one)
+        if flops or moved:
+            made.priced_kernels += 1
+            seconds = max(flops / chip.device_bf16_flops, moved / chip.device_hbm_bytes_per_s)
+            total += seconds * chip.clock_hz
+        else:
+            made.unpriced_kernels += 1
+    return total
+
+
+def declared(line: Instruction) -> tuple[float, float]:
+    """Read the operations and bytes that a kernel's `cost_estimate` declares, of a whole call.
+
+    Args:
+      line: a custom call.
+    Returns: both; 0 for what it does not declare.
+    """
+    written = re.search(r'"cost_estimate":\{([^}]*)\}', line.rest)
+    said = dict(re.findall(r'"(\w+)":"?(\d+)', written[1])) if written else {}
+    return float(said.get("flops", 0)), float(said.get("bytes_accessed", 0))
 
 
 _FREE = {
@@ -173,8 +212,7 @@ def largest(module: Module, count: int = 5) -> list[dict[str, Any]]:
             if line.opcode in _FREE or line.shape.startswith("("):
                 continue
             n = size(line.shape, hbm_only=True)
-            origin = re.search(r'op_name="([^"]*)"', line.rest)
             key = re.sub(r"\{.*", "", line.shape)
             if n and key not in found:
-                found[key] = {"bytes": n, "shape": key, "source": origin[1] if origin else ""}
+                found[key] = {"bytes": n, "shape": key, "source": source(line)}
     return sorted(found.values(), key=lambda x: -x["bytes"])[:count]

@@ -15,15 +15,16 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      parts: bytes of each array in it: what a device has in the end (all-gather) or puts in.
+      shapes: each array in it, as `bf16[8,128]`: what a device has in the end (all-gather) or puts
+        in.
       times: executions in a step.
       group: the devices of one group, as positions in the mesh; pairs for a permute.
       covered_cycles: of other work that the schedule puts between its start and its end, each time.
-      source: what in the program it came from.
+      source: what in the program it came from; empty where the compiler made it up.
     """
 
     kind: str
-    parts: tuple[float, ...]
+    shapes: tuple[str, ...]
     times: float
     group: tuple[int, ...] | tuple[tuple[int, int], ...]
     covered_cycles: float
@@ -32,7 +33,7 @@ class Collective:
     @property
     def bytes(self) -> float:
         """Of all its arrays."""
-        return math.fsum(self.parts)
+        return math.fsum(map(size, self.shapes))
 
 
 def collectives(
@@ -48,10 +49,15 @@ def collectives(
     Returns: them. A transfer that several fusions carry, or that has a start and a done, is one;
       its cover runs from the first to the last. One that is a single instruction has none.
     """
+    carried: dict[str, str] = {}  # by a call to another core, from its start to its done
     seen: dict[str, tuple[int, int, Instruction, dict[str, str]]] = {}
     for i, line in enumerate(lines):
         inner = [(line, {x.name: x.shape for x in lines})]
-        for name in line.calls("calls"):
+        if line.opcode.endswith("-done") and line.operands and line.operands[0] in carried:
+            key = carried[line.operands[0]]
+            seen[key] = (seen[key][0], i, *seen[key][2:])
+        called = line.calls("to_apply") if line.opcode.endswith("-start") else []
+        for name in line.calls("calls") + called:
             body = module.computations.get(name, [])
             inner += [(x, {y.name: y.shape for y in body}) for x in body]
         for one, shapes in inner:
@@ -60,10 +66,12 @@ def collectives(
                 continue
             key = one.operands[0] if one.opcode.endswith("-done") else _channel(one)
             if key in seen:
-                first, _, source, known = seen[key]
-                seen[key] = (first, i, source, known)
+                first, _, start, known = seen[key]
+                seen[key] = (first, i, start, known)
             else:
                 seen[key] = (i, i, one, shapes)
+                if one is not line and line.opcode.endswith("-start"):
+                    carried[line.name] = key
                 if one.opcode.endswith("-start"):
                     seen[one.name] = seen.pop(key)
     found = []
@@ -71,7 +79,7 @@ def collectives(
         # A fusion that carries a part of a transfer computes meanwhile; a bare one waits.
         before = ends[first] - (lines[first].cycles if lines[first].calls("calls") else 0.0)
         covered = max(ends[last] - before, 0.0) if last > first else 0.0
-        origin = re.search(r'op_name="([^"]*)"', one.rest)
+        origin = source(one) or source(lines[first])
         found.append(
             Collective(
                 one.opcode.removesuffix("-start"),
@@ -79,10 +87,16 @@ def collectives(
                 times,
                 _group(one.rest),
                 covered,
-                origin[1] if origin else "",
+                origin,
             )
         )
     return found
+
+
+def source(line: Instruction) -> str:
+    """Read what in the program an instruction came from; empty where it does not say."""
+    found = re.search(r'op_name="([^"]*)"', line.rest)
+    return found[1].replace("\\'", "'") if found else ""
 
 
 def _channel(line: Instruction) -> str:
@@ -90,13 +104,17 @@ def _channel(line: Instruction) -> str:
     return f"channel {found[1]}" if found else line.name
 
 
-def _moved(line: Instruction, shapes: dict[str, str]) -> tuple[float, ...]:
+def _moved(line: Instruction, shapes: dict[str, str]) -> tuple[str, ...]:
     kind = line.opcode.removesuffix("-start")
+    arrays = _arrays(line.shape)
     if kind == "all-gather":
-        arrays = ARRAY.findall(line.shape)
         halves = len(arrays) // 2 if line.opcode.endswith("-start") and len(arrays) > 1 else 0
-        return tuple(size(f"{a}[{b}]") for a, b, _ in arrays[halves:])
-    return tuple(size(shapes.get(operand, "")) for operand in line.operands) or (size(line.shape),)
+        return arrays[halves:]
+    return tuple(x for operand in line.operands for x in _arrays(shapes.get(operand, ""))) or arrays
+
+
+def _arrays(shape: str) -> tuple[str, ...]:
+    return tuple(f"{kind}[{dims}]" for kind, dims, _ in ARRAY.findall(shape))
 
 
 def _group(rest: str) -> tuple[int, ...] | tuple[tuple[int, int], ...]:
