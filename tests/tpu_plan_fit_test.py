@@ -125,6 +125,15 @@ def test_a_utilisation_that_cannot_be_is_not_shown(capsys: Any) -> None:
     assert "MFU is left out: it would be above 100 %" in said
 
 
+def test_a_step_that_does_nothing_has_no_rates(capsys: Any) -> None:
+    facts = {**made().facts, "cycles": 0.0, "most_cycles": 0.0, "hbm_bytes": 0.0}
+    one = plan.conclude(facts, V5E, {"fsdp": 16}, {"v5e": 1.2})
+    assert one.estimate is not None
+    assert (one.estimate.least, one.estimate.tokens_per_s) == (0, None)
+    _plan_report.show([one], 1.0)
+    assert "MFU is left out" not in capsys.readouterr().out
+
+
 def test_all_choices_of_a_kernel_without_a_cost_are_counted() -> None:
     def kernel(x: Any, out: Any) -> None:
         @pl.when(x[0, 0] > 0)

@@ -230,7 +230,7 @@ def plan(request: dict[str, Any]) -> dict[str, Any]:
     name = [text, version, jax.__version__, slice_.compiler_name, os.environ.get("XLA_FLAGS", ""),
             os.environ.get("LIBTPU_INIT_ARGS", "")]  # fmt: skip
     # What reads the program is part of the result too.
-    for source in ("_plan_child", "hlo", "schedule", "topology", "traffic"):
+    for source in ("_plan_child", "flops", "hlo", "schedule", "topology", "traffic"):
         source += ".py"
         name.append(pathlib.Path(__file__).with_name(source).read_text(encoding="utf-8"))
     digest = hashlib.sha256("\n".join(name).encode()).hexdigest()[:32]

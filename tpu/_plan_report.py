@@ -151,7 +151,7 @@ def _tell(console: Console, one: "Plan") -> None:
             f"Pallas kernels that are not in compute time: {n}; they declare no cost "
             f"(cost_estimate of pallas_call), so the step and MFU are not known"
         )
-    elif one.estimate and one.estimate.mfu is None:
+    elif one.estimate and one.estimate.step and one.estimate.mfu is None:
         lines.append(
             "MFU is left out: it would be above 100 %, so the time, or what a kernel declares, is "
             "wrong"

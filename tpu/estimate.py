@@ -147,7 +147,8 @@ def estimate(
       slice_: the target.
       dollars_per_chip_hour: None leaves the cost out.
     Returns: the times. Utilisation counts the model's operations, without what is computed twice;
-      above 1, which cannot be, it is None. With a kernel of unknown cost only the least is known.
+      above 1, which cannot be, it is None. With a kernel of unknown cost, or with nothing that
+      takes time, only the least is known.
     """
     made = slice_.generation
     compute = facts["cycles"] / made.clock_hz
@@ -158,7 +159,7 @@ def estimate(
     exposed = math.fsum(one.exposed for one in transfers)
     step = max(compute, memory) + exposed
     least = min(max([compute, memory, *by_axis.values()]), step)
-    if facts["unpriced_kernels"]:
+    if facts["unpriced_kernels"] or not step:
         return Estimate(compute, memory, by_axis, exposed, least, None, None, None, None, None)
     most = facts["most_cycles"] / made.clock_hz + memory + math.fsum(by_axis.values())
     peak = slice_.devices * made.device_bf16_flops
