@@ -1,6 +1,7 @@
 """Edges of runs: poisoned, damaged and foreign steps, errors of the caller, the best step."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -40,13 +41,12 @@ def test_what_others_left_in_the_folder_stays(tmp_path: pathlib.Path) -> None:
     foreign = tmp_path / "checkpoints" / "777"
     foreign.mkdir(parents=True)
     (foreign / "mine.txt").write_text("mine")
-    (tmp_path / "checkpoints" / "00000004").mkdir()
-    told: list[str] = []
-    fit(tmp_path, 9, tell=told.append)
+    fit(tmp_path, 4)
+    shutil.copytree(tmp_path / "checkpoints" / "00000004", tmp_path / "checkpoints" / "70")
+    fit(tmp_path, 9)
     assert (foreign / "mine.txt").exists()
-    assert kept(tmp_path) == [8, 9]
-    assert "checkpoint 4 was NOT saved" in told[0]
-    assert "is in the way, and was not made here" in told[0]
+    assert (tmp_path / "checkpoints" / "70" / "COMMIT").exists()
+    assert kept(tmp_path) == [4, 8, 9]
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "gone", "bits", "renamed"])
@@ -64,6 +64,11 @@ def test_a_damaged_manifest_is_a_damaged_step(how: str, tmp_path: pathlib.Path) 
         older.rename(newest.with_name("other"))
         newest.rename(older)
         newest.with_name("other").rename(newest)
+        with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+            fit(tmp_path / "run", 12)
+        with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+            fit(tmp_path / "run", 12)  # said again, not forgotten
+        return
     else:
         path.write_bytes({"cut": content[:50], "empty": b"", "bits": b"\xff" + content[1:]}[how])
     state, _ = fit(tmp_path / "run", 12, tell=told.append)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -217,19 +218,21 @@ def test_incomplete_and_damaged_steps_are_not_taken(tmp_path: pathlib.Path, caps
     for step in (1, 2, 3):
         checkpoints.save(step, {"w": jnp.full(3, step)})
     checkpoints.wait()
-    pathlib.Path(checkpoints.at(3), manifest.COMMIT).unlink()  # killed before the marker
+    manifest.beside(checkpoints.at(4), "saving").mkdir()  # killed while it saved
+    pathlib.Path(checkpoints.at(3), manifest.COMMIT).unlink()
     text = pathlib.Path(checkpoints.at(2), manifest.MANIFEST)
     text.write_text(text.read_text().replace('"step": 2', '"step": 4'))
     with pytest.raises(SystemExit, match="1"):
         monkey_main(verify.main, [str(tmp_path)])
-    assert "step 2" in capsys.readouterr().out
+    assert re.search(r"step 2  DAMAGED.*\nstep 3  DAMAGED: cannot be read", capsys.readouterr().out)
     found = checkpoints.restore({"w": jnp.zeros(3, jnp.int32)})
     assert found is not None
     assert (found[0], found[1]["w"].tolist()) == (1, [1, 1, 1])
-    assert "checkpoint 2 is damaged (manifest.json has changed since it was written)" in told[0]
+    assert "checkpoint 3 is damaged (cannot be read: " in told[0]
+    assert "checkpoint 2 is damaged (manifest.json has changed since it was written)" in told[1]
     checkpoints.clear_incomplete()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        "00000001", "00000002.damaged",
+        "00000001", "00000002.damaged", "00000003.damaged",
     ]  # fmt: skip
 
 
@@ -285,7 +288,9 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"save_every": -1}, "save_every must be at least 0, got -1"),
+        ({"save_every": -1}, "save_every must be an int >= 0, got -1"),
+        ({"save_every": 2.5}, "save_every must be an int >= 0, got 2.5"),
+        ({"save_minutes": math.nan}, "save_minutes must be at least 0, got nan"),
         ({"keep_last": 0}, "keep_last must be an int >= 1, got 0"),
         ({"config": 3}, "config must be a dataclass or a mapping, got int"),
     ],
@@ -295,6 +300,9 @@ def test_a_run_rejects(options: dict[str, Any], message: str, tmp_path: pathlib.
         train.Run(tmp_path, **options)
     with pytest.raises(ValueError, match="folder must name a folder"):
         train.Run("")
+    for made in (train.Run, train.Checkpoints):
+        with pytest.raises(ValueError, match=r"must be on a disk, got 'gs://b/run'; mount the"):
+            made("gs://b/run")
 
 
 def test_saves_by_the_clock(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@
 calls it, writes metrics, saves, and goes on where a run was stopped.
 """
 
-from jax_attn.train.checkpoint import Checkpoints, digest
+from jax_attn.train.checkpoint import UNSAVED, Checkpoints, NotSaved
 from jax_attn.train.interrupts import DIVERGED, STOPPED, Diverged, Stopped
+from jax_attn.train.leaves import digest
 from jax_attn.train.loop import fit
 from jax_attn.train.memory import keep_memory
 from jax_attn.train.optimizer import average_params, averaged, freeze, scale_rates
@@ -32,10 +33,12 @@ from jax_attn.train.training import History
 __all__ = [
     "DIVERGED",
     "STOPPED",
+    "UNSAVED",
     "Checkpoints",
     "Diverged",
     "Guard",
     "History",
+    "NotSaved",
     "Run",
     "Stopped",
     "TrainState",

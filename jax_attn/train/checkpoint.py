@@ -6,30 +6,25 @@ before; a save that fails is reported and training goes on.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
+import pathlib
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import rich.console
-from etils import epath
 
-from jax_attn.train import manifest
+from jax_attn.report import tell_stderr
+from jax_attn.train import leaves, manifest
 
 PyTree = Any
 Tell = Callable[[str], None]
 
-
-def tell_stderr(text: str) -> None:
-    """Print a line that must be seen."""
-    rich.console.Console(stderr=True, soft_wrap=True).print(
-        f"warning: {text}", style="bold yellow", markup=False, highlight=False
-    )
+_NONE, _ALL_DAMAGED = -1, -2  # instead of a step
+_READY, _THERE, _FAILED = 0, 1, 2  # of a step that is to be saved
 
 
 _absl = logging.getLogger("absl")
@@ -40,11 +35,41 @@ def _without_traces(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
+UNSAVED = 74  # exit code: what was trained since the last save is lost
+
+
+class NotSaved(SystemExit):
+    """A run whose last state could not be saved, not at the second try either: exit code 74.
+
+    Example:
+      >>> NotSaved(UNSAVED).code
+      74
+    """
+
+
+def on_disk(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """Return the path of a folder.
+
+    Raises: ValueError if it is empty, or the address of a bucket.
+    Example:
+      >>> on_disk("runs/example").as_posix()
+      'runs/example'
+    """
+    text = os.fspath(folder)
+    if not text:
+        raise ValueError("folder must name a folder, got ''")
+    if "://" in text:
+        raise ValueError(
+            f"folder must be on a disk, got {text!r}; mount the bucket (gcsfuse) and give the path"
+        )
+    return pathlib.Path(text)
+
+
 class Checkpoints:
     """Keep steps of a run in a folder: the last few, the best, and the last healthy one.
 
     Args:
-      folder: where; a path or a bucket's address ("gs://..."); all processes see the same one.
+      folder: where; all processes see the same one: a disk, or a bucket that each has mounted.
       keep_last: how many of the newest steps stay.
       best: a metric, such as "eval/loss"; the step where it was least stays as well.
       tell: what gets a line about each thing that went wrong; default: standard error.
@@ -71,9 +96,9 @@ class Checkpoints:
     ) -> None:
         if not isinstance(keep_last, int) or keep_last < 1:
             raise ValueError(f"keep_last must be an int >= 1, got {keep_last!r}")
-        text = os.fspath(folder)
-        self.folder = epath.Path(text if "://" in text else os.path.abspath(text))
+        self.folder = on_disk(folder).absolute()
         self.keep_last, self.best, self._told = keep_last, best, tell
+        self.failed: int | None = None
         self._orbax: Any = None
         self._thread: threading.Thread | None = None
 
@@ -84,11 +109,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps that were written to their end, rising."""
-        if not self.folder.exists():
-            return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if manifest.complete(p))
+        return manifest.steps(self.folder)
 
-    def at(self, step: int) -> epath.Path:
+    def at(self, step: int) -> pathlib.Path:
         """Return the folder of a step."""
         return self.folder / f"{step:08d}"
 
@@ -96,27 +119,28 @@ class Checkpoints:
         """Copy a tree from the devices, then write it in the background.
 
         Returns when the copy is made, so that the next step may donate the tree. Every process
-        calls it with the same step. A failure is told, never raised; older steps stay.
+        calls it with the same step. A failure is told, and `failed` is the step; older steps stay.
 
         Args:
           step: its number; one that is there already is left alone.
           tree: arrays, possibly over all processes' devices; keys of `jax.random` are allowed.
           said: what to keep in the manifest; "metrics" holds what `best` looks at.
+        Raises: RuntimeError, with several processes, if this one failed where the others may wait
+          for it; here or in the `wait` after it.
         """
         self.wait()
-        folder = self.at(step)
-        said = {"step": step, "leaves": leaves(tree), **(said or {})}
+        said = {"step": step, "leaves": leaves.describe(tree), **(said or {})}
         _absl.addFilter(_without_traces)
+        verdict = self._shared(self._prepare(step))
+        self.failed = step if verdict == _FAILED else None
+        if verdict != _READY:
+            return
+        saving = manifest.beside(self.at(step), "saving")
         try:
-            if manifest.complete(folder):
-                return
-            self._clear(folder)
-            if jax.process_index() == 0:
-                folder.mkdir(parents=True)
-                manifest.put(folder / manifest.SAVING, "")
-            self._checkpointer().save(folder / manifest.STATE, args=_save_args(tree))
+            self._checkpointer().save(saving / manifest.STATE, args=_save_args(tree))
         except Exception as error:
             self._failed(step, error)
+            self._raise_if_alone()
             return
         self._thread = threading.Thread(
             target=self._finish, args=(step, said), name=f"save-{step}", daemon=True
@@ -124,11 +148,16 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the save that is under way, if any, is complete or has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait until the save that is under way, if any, is complete or has failed.
+
+        Orbax gives up after 20 minutes in which the other processes did not come.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
         _absl.removeFilter(_without_traces)
+        if thread is not None:
+            self._raise_if_alone()
 
     def busy(self) -> bool:
         """Return whether a save is under way."""
@@ -142,20 +171,20 @@ class Checkpoints:
             on whatever mesh, and has their dtypes.
           healthy: take only steps that `confirm` was called for.
         Returns: (step, tree), or None if there is no step.
-        Raises: ValueError listing the leaves that differ, for a step of another architecture.
+        Raises: ValueError listing the leaves that differ, for a step of another architecture; or
+          saying that there are damaged steps alone.
         """
         self.wait()
-        step = -1
-        if jax.process_index() == 0:
-            step = self._newest_whole(healthy)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if step < 0:
+        step = self._shared(self._newest_whole(healthy) if jax.process_index() == 0 else _NONE)
+        if step == _ALL_DAMAGED:
+            raise ValueError(
+                f"every checkpoint in {self.folder} is damaged; put a whole copy of one there, or "
+                "name another folder to start anew"
+            )
+        if step == _NONE:
             return None
         saved = manifest.read(self.at(step))["leaves"]
-        if wrong := _unlike(saved, leaves(like)):
+        if wrong := leaves.unlike(saved, leaves.describe(like)):
             shown = wrong[:12] + ([f"... and {len(wrong) - 12} more"] if len(wrong) > 12 else [])
             raise ValueError(
                 f"{self.at(step)} holds another architecture; leaves that differ:\n  "
@@ -165,7 +194,7 @@ class Checkpoints:
 
     def confirm(self, step: int) -> None:
         """Mark a saved step as one that training went on well from, for rollbacks."""
-        if jax.process_index() == 0 and manifest.complete(self.at(step)):
+        if jax.process_index() == 0 and self.at(step).exists():
             try:
                 manifest.put(self.at(step) / manifest.HEALTHY, "")
             except OSError as error:
@@ -184,43 +213,69 @@ class Checkpoints:
         if jax.process_index() == 0:
             for later in self.steps():
                 if later > step:
-                    self._remove(self.at(later))
+                    manifest.remove(self.at(later))
 
     def clear_incomplete(self) -> None:
         """Remove what a killed process left of a save that it did not finish; nothing else."""
-        if jax.process_index() == 0 and self.folder.exists():
-            for path in self.folder.iterdir():
-                ours = path.name.isdigit() and (path / manifest.SAVING).exists()
-                if ours and not manifest.complete(path):
-                    self._clear(path)
+        if jax.process_index() == 0:
+            manifest.clear(self.folder)
+
+    def _prepare(self, step: int) -> int:
+        """Make the folder to save into; return what process 0 found."""
+        if jax.process_index() != 0:
+            return _READY
+        folder = self.at(step)
+        try:
+            if folder.exists() and self.said(step) is not None:
+                return _THERE
+            if folder.exists():
+                self.tell(f"checkpoint {step} is damaged; now {manifest.set_aside(folder)}")
+            saving = manifest.beside(folder, "saving")
+            if saving.exists():
+                shutil.rmtree(saving)
+            saving.mkdir(parents=True)
+        except Exception as error:
+            self._failed(step, error)
+            return _FAILED
+        return _READY
+
+    def _shared(self, number: int) -> int:
+        """Return process 0's number, on every process."""
+        if jax.process_count() == 1:
+            return number
+        from jax.experimental import multihost_utils
+
+        return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+    def _raise_if_alone(self) -> None:
+        """End a process that failed where it cannot tell the others, which may wait for it."""
+        if self.failed is not None and jax.process_count() > 1:
+            raise RuntimeError(
+                f"process {jax.process_index()} could not save checkpoint {self.failed}, and "
+                "others may wait for it; start again, to go on from the checkpoint before"
+            )
 
     def _newest_whole(self, healthy: bool) -> int:
         for step in reversed(self.steps()):
             folder = self.at(step)
             if wrong := manifest.damage(folder):
-                aside = self._set_aside(folder)
+                aside = manifest.set_aside(folder)
                 self.tell(f"checkpoint {step} is damaged ({'; '.join(wrong[:3])}); now {aside}")
             elif not healthy or (folder / manifest.HEALTHY).exists():
                 return step
-        return -1
-
-    def _set_aside(self, folder: epath.Path) -> epath.Path:
-        aside = next(
-            path
-            for i in range(1, 1000)
-            if not (path := folder.parent / f"{folder.name}.damaged{i if i > 1 else ''}").exists()
-        )
-        return folder.rename(aside)
+        if healthy or self.steps():
+            return _NONE
+        return _ALL_DAMAGED if any(self.folder.glob("*.damaged*")) else _NONE
 
     def _read(self, step: int, like: PyTree) -> PyTree:
         import orbax.checkpoint as ocp
 
-        plain = jax.tree.map(_without_key, like)
+        plain = jax.tree.map(leaves.without_key, like)
         args = ocp.args.PyTreeRestore(
             item=plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain)
         )
         read = self._checkpointer().restore(self.at(step) / manifest.STATE, args=args)
-        return jax.tree.map(_like, like, read)
+        return jax.tree.map(leaves.like, like, read)
 
     def _checkpointer(self) -> Any:
         if self._orbax is None:
@@ -263,98 +318,24 @@ class Checkpoints:
             keep |= {min(finite, key=lambda step: (finite[step], step))} if finite else set()
         for step in steps:
             if step not in keep:
-                self._remove(self.at(step))
-
-    def _remove(self, folder: epath.Path) -> None:
-        # The marker first: a process that is killed meanwhile leaves no step that looks damaged.
-        (folder / manifest.COMMIT).unlink()
-        folder.rmtree()
-
-    def _clear(self, folder: epath.Path) -> None:
-        if jax.process_index() == 0 and folder.exists():
-            if not (folder / manifest.SAVING).exists():
-                raise FileExistsError(f"{folder} is in the way, and was not made here; move it")
-            folder.rmtree()
+                manifest.remove(self.at(step))
 
     def _failed(self, step: int, error: Exception) -> None:
-        last = self._steps_or_none()
-        kept = f"the last one is {last[-1]}" if last else "there is none yet"
-        self.tell(f"checkpoint {step} was NOT saved, training goes on; {kept}: {_one_line(error)}")
-        with contextlib.suppress(OSError):  # for the same reason: the next start clears it
-            self._clear(self.at(step))
-
-    def _steps_or_none(self) -> list[int]:
-        """Return the steps, or none where the folder cannot be read."""
+        self.failed = step
         try:
-            return self.steps()
+            others = [other for other in self.steps() if other != step]
+            kept = f"the last one is {others[-1]}" if others else "there is none yet"
         except OSError:
-            return []
-
-
-def leaves(tree: PyTree) -> dict[str, str]:
-    """Describe every leaf by its path: its dtype and shape, "float32[3,5]"."""
-    return {
-        jax.tree_util.keystr(path): f"{x.dtype}[{','.join(map(str, np.shape(x)))}]"
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def digest(tree: PyTree) -> str:
-    """Hash all of a tree: paths, dtypes, shapes and bytes. Equal digests, equal states.
-
-    Args:
-      tree: arrays, possibly over the devices of all processes: then every process calls it.
-    Returns: SHA-256 in hex.
-    Example:
-      >>> digest({"w": np.ones(3)}) == digest({"w": np.ones(3)}) != digest({"w": np.zeros(3)})
-      True
-    """
-    from jax.experimental import multihost_utils
-
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(_without_key, tree)):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        value = np.asarray(leaf)
-        name = f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}"
-        sha.update(name.encode() + b"\0" + value.tobytes())
-    return sha.hexdigest()
+            kept = f"{self.folder} cannot be read"
+        self.tell(f"checkpoint {step} was NOT saved, training goes on; {kept}: {_one_line(error)}")
+        if jax.process_index() == 0:  # what cannot be removed is cleared by the next start
+            shutil.rmtree(manifest.beside(self.at(step), "saving"), ignore_errors=True)
 
 
 def _save_args(tree: PyTree) -> Any:
     import orbax.checkpoint as ocp
 
-    return ocp.args.PyTreeSave(jax.tree.map(_without_key, tree))
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _without_key(x: Any) -> Any:
-    if not _is_key(x):
-        return x
-    if isinstance(x, jax.ShapeDtypeStruct):
-        raise ValueError("restore: give a real array, not a ShapeDtypeStruct, for a random key")
-    return jax.random.key_data(x)
-
-
-def _like(like: Any, read: Any) -> Any:
-    """Make what was read the same kind of array: a key, or one that is on no device in particular.
-
-    The latter matters: `jit` compiles again for an array that is bound to a device.
-    """
-    if isinstance(like, jax.Array) and not like.committed:
-        read = jnp.asarray(np.asarray(read))
-    return jax.random.wrap_key_data(read, impl=jax.random.key_impl(like)) if _is_key(like) else read
-
-
-def _unlike(saved: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    return [
-        f"{name}: saved {saved.get(name, 'not at all')}, here {here.get(name, 'not at all')}"
-        for name in sorted(saved.keys() | here.keys())
-        if saved.get(name) != here.get(name)
-    ]
+    return ocp.args.PyTreeSave(jax.tree.map(leaves.without_key, tree))
 
 
 def _one_line(error: BaseException) -> str:

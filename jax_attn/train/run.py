@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_attn.train.checkpoint import Checkpoints, Tell, tell_stderr
+from jax_attn.train import manifest
+from jax_attn.train.checkpoint import Checkpoints, Tell, on_disk, tell_stderr
 from jax_attn.train.provenance import agree, describe, differences, plain
 
 PyTree = Any
@@ -30,7 +31,8 @@ class Run:
 
     Given to `fit`, a run saves at its last step, when it is asked to stop (SIGTERM, Ctrl-C: exit
     code 75), and as said here; started again with the same folder it goes on where it saved, to the
-    bit. All processes give the same folder, on a disk or in a bucket that they share.
+    bit. All processes give the same folder, on a disk that they share or in a bucket that each of
+    them has mounted.
 
     Args:
       folder: made if it is not there.
@@ -61,12 +63,11 @@ class Run:
         allow_config_change: bool = False,
         tell: Tell = tell_stderr,
     ) -> None:
-        for name, value in (("save_every", save_every), ("save_minutes", save_minutes)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value!r}")
-        if not os.fspath(folder):
-            raise ValueError("folder must name a folder, got ''")
-        self.folder = pathlib.Path(folder)
+        if not isinstance(save_every, int) or save_every < 0:
+            raise ValueError(f"save_every must be an int >= 0, got {save_every!r}")
+        if not save_minutes >= 0:
+            raise ValueError(f"save_minutes must be at least 0, got {save_minutes!r}")
+        self.folder = on_disk(folder)
         self.metrics_path = self.folder / "metrics.jsonl"
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", keep_last=keep_last, best=best, tell=tell
@@ -78,28 +79,40 @@ class Run:
         self._saved_at, self._least = time.monotonic(), np.inf
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, asked: Mapping[str, Any] | None = None) -> Iterator[None]:
         """Hold the folder for one training at a time; compare processes, and config with before.
 
-        Raises: ValueError naming a process that differs, or what changed in the config;
-          RuntimeError if another process trains here.
+        Args:
+          asked: what else all processes must have been asked for, because it decides which of them
+            meet when: the number of steps, for example.
+        Raises: ValueError naming a process that differs, what changed in the config, or a folder
+          that cannot be made; RuntimeError if another process trains here.
         """
         self._said = describe(self.config)
-        agree({name: self._said[name] for name in ("config", "versions", "code")})
+        agree(
+            {name: self._said[name] for name in ("config", "versions", "code")}
+            | {"save_every": self.save_every, "save_minutes": self.save_minutes}
+            | {"best": self.checkpoints.best, **(asked or {})}
+        )
         with contextlib.ExitStack() as stack:
             if jax.process_index() == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_lock(self.folder))
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(_lock(self.folder))
+                except OSError as error:
+                    raise ValueError(f"folder {self.folder} cannot be used: {error}") from None
                 self.checkpoints.clear_incomplete()
             self._compare()
-            if jax.process_index() == 0:
-                text = json.dumps(self._said, indent=1)
-                (self.folder / "run.json").write_text(text + "\n")
             self._saved_at = time.monotonic()
             try:
                 yield
             finally:
                 self.checkpoints.wait()
+
+    def started(self) -> None:
+        """Write down what trains here, once it is sure that it may."""
+        if jax.process_index() == 0:
+            manifest.put(self.folder / "run.json", json.dumps(self._said, indent=1) + "\n")
 
     def due(self, made: int) -> bool:
         """Return whether to save after this many steps; every process asks about every step."""
@@ -131,16 +144,14 @@ class Run:
         self.checkpoints.save(step, state, said=said)
 
     def _compare(self) -> None:
-        steps = self.checkpoints.steps()
-        if not steps:
-            return
-        for step in steps:
-            metrics = (self.checkpoints.said(step) or {}).get("metrics", {})
+        found = (self.checkpoints.said(step) for step in self.checkpoints.steps())
+        told = [said for said in found if said is not None]  # the restore tells of the others
+        for said in told:
+            metrics = said.get("metrics", {})
             self.improves({name: np.nan if v is None else v for name, v in metrics.items()})
-        told = [said for step in steps if (said := self.checkpoints.said(step)) is not None]
-        if not told:
-            return  # all are damaged, as the restore will say
-        before = told[-1]
+        before = told[-1] if told else self._started_before()
+        if before is None:
+            return
         changed = differences(self._said["config"], before.get("config", {}))
         if changed and not self.allow_config_change:
             raise ValueError(
@@ -151,8 +162,16 @@ class Run:
             )
         for what in ("versions", "code", "git", "devices", "processes"):
             changed += differences(self._said[what], before.get(what), what)
+        since = f"step {before['step']}" if "step" in before else "its start"
         for line in changed if jax.process_index() == 0 else ():
-            self.tell(f"{self.folder}: changed since step {before['step']}: {line}")
+            self.tell(f"{self.folder}: changed since {since}: {line}")
+
+    def _started_before(self) -> dict[str, Any] | None:
+        """Return what was written down at the last start, if that one made steps."""
+        path = self.folder / "run.json"
+        if not path.exists() or not self.metrics_path.exists():
+            return None
+        return json.loads(path.read_text()) if self.metrics_path.stat().st_size else None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jax_attn.report import Row
-from jax_attn.train.checkpoint import Tell
+from jax_attn.train.checkpoint import UNSAVED, NotSaved, Tell
 from jax_attn.train.interrupts import Diverged
 from jax_attn.train.optimizer import means_of
 from jax_attn.train.run import Run
@@ -87,6 +87,7 @@ class Training:
             self.jumped = jumped(self.state)
             said = self.run.checkpoints.said(self.made) or {}
             self.measured = said.get("metrics", {})
+        self.run.started()
 
     def advance(self) -> None:
         """Make one step."""
@@ -207,14 +208,25 @@ class Training:
         return True
 
     def close_books(self) -> None:
-        """Wait for the last save, and write where the time went."""
+        """Wait for the last save, and write where the time went.
+
+        Raises: NotSaved if this state could not be saved, not at the second try either.
+        """
+        lost = False
         if self.run is not None:
             with self.ledger("save"):
                 self.run.checkpoints.wait()
                 self.confirm()
+            if self.run.checkpoints.failed == self.made:
+                self.save()
+                self.run.checkpoints.wait()
+                lost = self.run.checkpoints.failed == self.made
         self.history.seconds.update(self.ledger.close())
         seconds = {f"seconds/{name}": round(s, 3) for name, s in self.history.seconds.items()}
         self.put({"step": self.made, **seconds})
+        if lost:
+            self.tell(f"step {self.made} could not be saved at the second try either: it is lost")
+            raise NotSaved(UNSAVED)
 
     def happened(self, event: str, calm: bool = False) -> None:
         """Tell something that a reader of the metrics needs to know, and keep it with them."""

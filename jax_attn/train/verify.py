@@ -6,9 +6,8 @@ The exit code is 1 if a step is damaged, 2 if there is none. Nothing is changed.
 """
 
 import argparse
+import pathlib
 import sys
-
-from etils import epath
 
 from jax_attn.train import manifest
 from jax_attn.train.checkpoint import Checkpoints
@@ -21,7 +20,7 @@ def main() -> None:
     )
     parser.add_argument("run", help="the run's folder, or its folder of checkpoints")
     options = parser.parse_args()
-    folder = epath.Path(options.run)
+    folder = pathlib.Path(options.run)
     folder = folder / "checkpoints" if (folder / "checkpoints").exists() else folder
     checkpoints = Checkpoints(folder)
     steps = checkpoints.steps() if folder.is_dir() else []
