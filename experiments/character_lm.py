@@ -101,8 +101,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def check(cfg: Config, options: Options) -> None:
     """Refuse what means nothing, before anything is compiled."""
-    sizes = dataclasses.replace(cfg, seed=1, warmup=1)  # these two may be 0
-    check_positive(sizes)
+    may_be_0 = {"seed": cfg.seed, "warmup": cfg.warmup, "eval_every": cfg.eval_every}
+    check_positive(dataclasses.replace(cfg, **dict.fromkeys(may_be_0, 1)))
+    for name, value in may_be_0.items():
+        if value < 0:
+            raise ValueError(f"--{name} must be at least 0, got {value}")
+    for name, value in (("learning_rate", cfg.learning_rate), ("clip", cfg.clip)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be above 0 and finite, got {value}")
+    for name, value in (("weight_decay", cfg.weight_decay), ("skip_spikes", cfg.skip_spikes)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name} must be at least 0 and finite, got {value}")
     if cfg.D % cfg.N or (cfg.D // cfg.N) % 2:
         raise ValueError(f"--N={cfg.N} heads must divide --D={cfg.D} into even widths, for RoPE")
     if cfg.dtype not in ("float32", "bfloat16"):
@@ -276,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             stall_s=options.stall_s,
             profile=profile,
         )
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         if isinstance(error, FloatingPointError):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -285,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         last = (
             f"held-out loss {history.eval[-1]['eval/loss']:.4f} nats a byte" if history.eval else ""
         )
-        print(f"{cfg.steps} steps made  {last}  {options.out}")
+        print(f"{int(state.step)} steps made  {last}  {options.out}")
         spent = sum(history.seconds.values())
         parts = sorted(history.seconds.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} {s / spent:.1%}" for name, s in parts if s / spent >= 5e-4)

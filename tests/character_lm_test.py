@@ -31,6 +31,9 @@ def test_it_trains_saves_and_goes_on(tmp_path: pathlib.Path, capsys: Any) -> Non
     assert run(tmp_path, *more, "--allow-config-change", "--mesh=data=2,fsdp=4", "--strict") == 0
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 4, 6]
+    capsys.readouterr()
+    assert run(tmp_path, *more, "--allow-config-change", "--steps=5") == 0
+    assert "6 steps made" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,7 @@ def test_it_trains_saves_and_goes_on(tmp_path: pathlib.Path, capsys: Any) -> Non
         ("--dtype=float16", "--dtype must be float32 or bfloat16"),
         ("--B=9", "global_batch: B has B=9"),
         ("--data=nowhere.txt", "nowhere.txt"),
+        ("--out=/dev/null/run", "folder /dev/null/run cannot be used: "),
     ],
 )
 def test_wrong_options_are_one_line(
