@@ -61,18 +61,20 @@ def befall(cfg: Config, step: int) -> None:
     """Let happen what is to happen before this step."""
     time.sleep(cfg.sleep_s)
     folder = pathlib.Path(cfg.out) / "checkpoints"
+    if step == cfg.stuck_at and cfg.rank == cfg.stuck_rank:
+        time.sleep(600)
     if step == cfg.full_from:  # a file larger than this cannot be written: a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
     if step == cfg.full_to:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if cfg.rank:  # the disk is shared: one process breaks it
+        return
     if step == cfg.gone_from:  # a disk that is gone, or read-only: nothing can be made in it
         folder.rename(folder.parent / "away")
         folder.write_text("not a folder")
     if step == cfg.gone_to:
         folder.unlink()
         (folder.parent / "away").rename(folder)
-    if step == cfg.stuck_at and cfg.rank == cfg.stuck_rank:
-        time.sleep(600)
 
 
 def main() -> None:

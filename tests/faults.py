@@ -303,6 +303,24 @@ def one_of_two_killed(folder: pathlib.Path, tries: int) -> list[str]:
     return lost
 
 
+def gone_for_two(folder: pathlib.Path, tries: int) -> list[str]:
+    """a disk that two processes share is gone: both skip the save, and go on"""
+    lost = []
+    for i in range(tries):
+        out = folder / f"gone-for-two-{i}"
+        # Slow enough that no save is under way when the disk goes.
+        gone = {"gone_from": 18 + i, "gone_to": 25}
+        options = {"steps": 30, "save_every": 10, "sleep_s": 0.1, **gone}
+        ends = [finish(job) for job in start_two(out, options)]
+        if [code for code, _ in ends] != [0, 0]:
+            lost.append(f"they did not go on: {ends}, {errors(out)[-300:]}")
+        if "checkpoint 20 was NOT saved" not in errors(out):
+            lost.append("nothing was said")
+        if Checkpoints(out / "checkpoints").steps() != [10, 30]:
+            lost.append(f"saved at {Checkpoints(out / 'checkpoints').steps()}")
+    return lost
+
+
 def stalled(folder: pathlib.Path, tries: int) -> list[str]:
     """a process that is stuck is named, with the stacks of its threads"""
     lost = []
@@ -338,6 +356,7 @@ FAULTS: list[tuple[Callable[[pathlib.Path, int], list[str]], int, int]] = [
     (damage, 20, 4),
     (one_of_two, 10, 1),
     (one_of_two_killed, 6, 1),
+    (gone_for_two, 3, 1),
     (stalled, 3, 1),
 ]
 
