@@ -187,12 +187,14 @@ def test_traffic_is_shown_for_each_axis(capsys: Any) -> None:
     moved = [
         Transfer("all-gather", "fsdp", ("bf16[500000]",), 3, 0.003, 0.001, "x"),
         Transfer("all-reduce", "fsdp", ("bf16[500000]",), 1, 0.001, 0.001, "x"),
+        Transfer("all-reduce", "data", ("bf16[5000000000]",), 3, 0.003, 0.001, "x"),
         Transfer("all-reduce", "model", ("bf16[500000]",), 1, 0.002, 0.0, "x"),
     ]
     one = dataclasses.replace(made(), transfers=tuple(moved))
     _plan_report.show([one], 1.0)
     said = capsys.readouterr().out
     assert "network over fsdp: 4 MB a step, 4.00 ms, of which 2.00 ms bare" in said
+    assert "network over data: 30,000 MB a step" in said
     assert "network over model: 1 MB a step, 2.00 ms, of which 0 s bare" in said
     found = _plan_report.record(one)["network"]
     assert found["model"] == {"bytes": 1e6, "seconds": 0.002, "bare": 0.0}

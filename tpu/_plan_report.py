@@ -157,9 +157,10 @@ def _tell(console: Console, one: "Plan") -> None:
             "wrong"
         )
     for axes, (moved, spent, bare) in network(one).items():
+        amount = f"{moved / 1e6:,.0f}" if moved >= 1e7 else f"{moved / 1e6:.3g}"
         lines.append(
-            f"network over {axes}: {moved / 1e6:,.3g} MB a step, {seconds(spent)}, of which "
-            f"{seconds(bare)} bare"
+            f"network over {axes}: {amount} MB a step, {seconds(spent)}, of which {seconds(bare)} "
+            f"bare"
         )
     if one.facts.get("not_kept"):
         lines.append(f"not kept for another time: {one.facts['not_kept']}; see --cache")
