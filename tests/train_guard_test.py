@@ -268,6 +268,9 @@ def test_optimizers_by_name_reject() -> None:
         train.scale_rates(optax.sgd(0.1), {"x": 1.0}).init(params)
     with pytest.raises(ValueError, match="decay must be from 0 to below 1, got 1"):
         train.average_params(1)
+    inside = train.freeze(optax.chain(optax.sgd(0.1), train.average_params(0.5)), ["mlp"])
+    with pytest.raises(ValueError, match="some parameters are masked; put it outside"):
+        inside.init(params)
     with pytest.raises(ValueError, match="holds 0 means"):
         train.averaged(optax.sgd(0.1).init(params))
     with pytest.raises(ValueError, match="state has no guard; make it with init_state"):

@@ -82,7 +82,8 @@ def average_params(decay: float) -> optax.GradientTransformation:
     Args:
       decay: from 0 to below 1.
     Returns: an optimizer that passes updates on; `averaged(opt_state)` has the mean.
-    Raises: ValueError naming the decay.
+    Raises: ValueError naming the decay; when it starts, inside `freeze` or another mask, which
+      hides parameters from it.
     Example:
       >>> params = {"w_D": jax.numpy.ones(2)}
       >>> tx = optax.chain(optax.sgd(1.0), average_params(0.5))
@@ -98,6 +99,12 @@ def average_params(decay: float) -> optax.GradientTransformation:
         return jax.numpy.array(x, jax.numpy.promote_types(x.dtype, jax.numpy.float32))
 
     def init(params: PyTree) -> AverageState:
+        leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+        if any(isinstance(x, optax.MaskedNode) for x in leaves):
+            raise ValueError(
+                "average_params: some parameters are masked; put it outside of what masks them: "
+                "chain(freeze(tx, keys), average_params(decay))"
+            )
         return AverageState(jax.tree.map(wide, params))
 
     def update(updates: PyTree, state: AverageState, params: PyTree = None) -> Any:
