@@ -1,7 +1,10 @@
 """Tests of jax_attn.train.loop: what the loop around a step does."""
 
+import contextlib
+import os
 import pathlib
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +14,9 @@ import optax
 import pytest
 
 from jax_attn import train
+from jax_attn.train import loop
+from jax_attn.train.optimizer import AverageState
+from jax_attn.train.training import Training
 from tests.trained_model import (
     KEY,
     PARTS,
@@ -206,12 +212,94 @@ def test_update_that_is_not_finite_stops_training_though_the_loss_is_finite() ->
     assert [row["update_norm"] for row in history.train] == [0, 0]
 
 
+class Kept(train.Run):
+    """A run that remembers what it was asked to save."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder, tell=lambda text: None)
+        self.kept: list[int] = []
+
+    def save(self, step: int, state: Any, *, metrics: Any) -> None:
+        self.kept.append(step)
+
+
+@pytest.mark.parametrize(
+    ("at", "evaluations", "saved"),
+    [(0, 1, [0]), (1, 2, [0]), (2, 3, [4]), (3, 4, [4])],
+)
+def test_a_stop_asked_for_in_an_evaluation_makes_no_step_after_it(
+    tmp_path: pathlib.Path, at: int, evaluations: int, saved: list[int]
+) -> None:
+    asked, events = 0, []
+
+    def evaluate(params: Any) -> dict[str, float]:
+        nonlocal asked
+        if asked == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked += 1
+        return {"loss": 1.0}
+
+    state = fake_state(0)._replace(opt_state=AverageState(jnp.ones(1)))  # evaluated too
+    run = Kept(tmp_path)
+    with pytest.raises(train.Stopped):
+        train.fit(
+            fake_step_fn(events), state, lambda step: None, steps=9, key=KEY, run=run,
+            evaluate=evaluate, eval_every=4,
+        )  # fmt: skip
+    assert asked == evaluations
+    assert run.kept == saved
+    assert f"dispatch {sum(saved)}" not in events
+
+
+def test_a_stop_that_comes_with_a_rollback_is_obeyed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def harmed(self: Training, row: Any) -> bool:
+        if row["step"] != 2:
+            return False
+        self.made, self.state = 1, fake_state(1)
+        self.waiting.clear()
+        return True
+
+    @contextlib.contextmanager
+    def requests() -> Iterator[Callable[[int], bool]]:
+        yield lambda step: step == 4  # once, as with several processes
+
+    monkeypatch.setattr(Training, "harmed", harmed)
+    monkeypatch.setattr(loop, "stop_requests", requests)
+    run = Kept(tmp_path)
+    with pytest.raises(train.Stopped):
+        train.fit(fake_step_fn([]), fake_state(0), lambda step: None, steps=9, key=KEY, run=run)
+    assert run.kept == [2]
+
+
+def test_each_run_of_skipped_steps_is_told_but_not_too_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    training = Training(
+        fake_step_fn([]), fake_state(0), lambda step: None, 9, KEY, None, told.append, 10, False
+    )
+    clock = iter([0.0, 1.0, 2.0, 3.0, 100.0, 101.0])
+    monkeypatch.setattr("jax_attn.train.training.time.perf_counter", lambda: next(clock))
+    for step, in_row in enumerate([1, 2, 0, 1, 0, 1]):
+        training.harmed({"step": step, "loss": np.nan, "skipped_in_row": in_row})
+    assert [text.partition(":")[0] for text in told] == ["step 0", "step 5"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
         ({"eval_every": -2}, "eval_every must be at least 0, got -2"),
+        ({"steps": 2.5}, "steps must be an int, got 2.5"),
+        ({"steps": True}, "steps must be an int, got True"),
+        ({"eval_every": 1.5}, "eval_every must be an int, got 1.5"),
+        ({"run": "runs/x"}, r"run must be a train.Run, for example train.Run\('runs/x'\)"),
+        ({"state": {"w": 1}}, "state must be a TrainState, see init_state, got dict"),
+        ({"sinks": print}, "sinks must be a sequence of functions of a row, got <built-in"),
+        ({"profile": (1, 3), "metrics_path": "m.jsonl"}, r"last < steps=3, got \(1, 3\)"),
         ({"tokens_per_step": -1}, "tokens_per_step must be at least 0, got -1"),
         ({"eval_every": 2}, "eval_every is 2 but evaluate is None"),
         ({"step_fn": lambda s, b, k: (s, {"accuracy": 1})}, "have no 'loss', only accuracy"),

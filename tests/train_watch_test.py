@@ -1,5 +1,6 @@
 """Tests of what watches a run: ledger, recompiles, watchdog, traces, sinks, signals, curves."""
 
+import functools
 import io
 import json
 import pathlib
@@ -17,9 +18,9 @@ import pytest
 import rich.console
 
 from jax_attn import report, train
+from jax_attn.train import loop, sinks, watch
 from jax_attn.train import report as train_report
-from jax_attn.train import sinks
-from jax_attn.train.watch import Compiles, Ledger, Trace, watchdog
+from jax_attn.train.watch import Compiles, Ledger, Pace, Trace, watchdog
 from jax_attn.view.curves import plot_curves
 from tests.trained_model import KEY, B, D, batch_fn, init_params, jsonl_rows, loss_fn
 
@@ -117,7 +118,51 @@ def test_every_kind_of_change_is_named() -> None:
         assert "a setting of JAX" in changed({"w": placed})[0]
 
 
+def test_a_second_compile_is_booked_as_one() -> None:
+    class Step:
+        calls = 0
+
+        def _cache_size(self) -> int:
+            return 1 + (self.calls > 2)
+
+        def __call__(self, state: Any, batch: Any, key: Any) -> Any:
+            time.sleep(0.1 if self.calls in (0, 2) else 0)
+            self.calls += 1
+            return state._replace(step=state.step + 1), {"loss": 1.0}
+
+    state = train.TrainState(jnp.int32(0), None, None)
+    history = train.fit(Step(), state, lambda step: None, steps=4, key=KEY)[1]
+    assert history.seconds["compile"] >= 0.2
+    assert history.seconds["compute"] < 0.1
+
+
+def test_rates_are_in_the_rows_and_leave_out_what_is_no_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ledger = Ledger()
+    pace = Pace(ledger, 50, 1e10, 1e11)
+    now = iter([100.0, 112.0, 120.0, 121.0])
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: next(now))
+    assert pace(1) == {}
+    ledger.seconds["eval"] = 2.0
+    assert pace(5) == {"tokens_per_s": 20.0, "mfu": pytest.approx(0.04)}
+    assert pace(3) == {}  # after a rollback
+    assert pace(4)["tokens_per_s"] == 50.0
+    monkeypatch.undo()
+    history = train.fit(
+        step_fn(), start(), batch_fn, steps=3, key=KEY, tokens_per_step=B, flops_per_step=1.0
+    )[1]
+    assert [sorted({"tokens_per_s", "flops_per_s", "mfu"} & set(row)) for row in history.train] == [
+        [], ["flops_per_s", "tokens_per_s"], ["flops_per_s", "tokens_per_s"]
+    ]  # fmt: skip
+
+
 # Watchdog and traces.
+
+
+def test_a_watchdog_of_no_seconds_is_off() -> None:
+    with watchdog(Ledger(), lambda: 0, 0):
+        assert "watchdog" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_stall_is_told_once_with_stacks(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +183,9 @@ def test_a_trace_of_some_steps_is_written(tmp_path: pathlib.Path) -> None:
         profile=(2, 3),
     )  # fmt: skip
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    for wrong in ((3, 2), (-1, 2)):
+    for wrong in ((3, 2), (-1, 2), (3, 6)):
         with pytest.raises(ValueError, match="profile must be"):
-            Trace(wrong, tmp_path)
+            Trace(wrong, 6, tmp_path)
     with pytest.raises(ValueError, match="profile needs a folder"):
         train.fit(step_fn(), start(), batch_fn, steps=6, key=KEY, profile=(2, 3))
 
@@ -168,9 +213,42 @@ def test_a_sink_that_raises_or_hangs_stops_nothing() -> None:
     hang.set()
     assert [row["step"] for row in rows] == list(range(1500))
     text = "\n".join(told)
-    assert "sink raises failed and gets no more rows, training goes on: RuntimeError" in text
+    assert text.count("sink raises failed and loses rows, training goes on: RuntimeError") == 1
     assert "sink hangs is 1000 rows behind and loses rows" in text
     assert "sink hangs still hangs after 0 s" in text
+
+
+def test_a_sink_that_failed_gets_the_rows_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "_PAUSE_S", 0.01)
+    rows: list[int] = []
+
+    def now_and_then(row: Any) -> None:
+        if row["step"] in (1, 2, 4):
+            raise SystemExit  # would end the thread without a word
+        rows.append(row["step"])
+
+    told: list[str] = []
+    with sinks.running([now_and_then], told.append) as send:
+        for step in range(6):
+            send({"step": step})
+    assert rows == [0, 3, 5]
+    assert [text.partition(" failed")[0] for text in told] == ["sink now_and_then"] * 2
+
+
+def test_waiting_for_sinks_at_the_end_is_in_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "running", functools.partial(sinks.running, patience_s=0.3))
+    hang = threading.Event()
+
+    def hangs(row: Any) -> None:
+        hang.wait(20)
+
+    history = train.fit(
+        lambda state, batch, key: (state._replace(step=state.step + 1), {"loss": 1.0}),
+        train.TrainState(jnp.int32(0), None, None), lambda step: None, steps=2, key=KEY,
+        sinks=[hangs],
+    )[1]  # fmt: skip
+    hang.set()
+    assert history.seconds["write"] >= 0.3
 
 
 def test_tensorboard_reads_what_is_written(tmp_path: pathlib.Path) -> None:
@@ -251,6 +329,7 @@ def test_a_report_of_two_runs(tmp_path: pathlib.Path, capsys: Any) -> None:
         "Where the time went",
         "<td><b>name",
         "compute",
+        "Python at most",
     ):
         assert text in page
     with pytest.MonkeyPatch.context() as patch:
@@ -276,6 +355,20 @@ def test_curves_reject_and_leave_out() -> None:
 
 def test_rows_of_a_file_that_is_no_run(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n{"st')
+    assert [row["step"] for row in train_report.read_rows(path)] == [0, 2]  # killed twice
+    path.write_text('{"step": 0}\nstep 1\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not JSON: step 1"):
+        train_report.read_rows(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"m\.jsonl is not text"):
+        train_report.read_rows(path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is not JSON"):
+        train_report.read_config(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run\.json has no 'config'"):
+        train_report.read_config(tmp_path)
     path.write_text(json.dumps([1]) + "\n")
     with pytest.raises(ValueError, match="line 1: no row of metrics"):
         train_report.read_rows(path)

@@ -5,7 +5,7 @@ calls it, writes metrics, saves, and goes on where a run was stopped.
 """
 
 from jax_attn.train.checkpoint import UNSAVED, Checkpoints, NotSaved
-from jax_attn.train.interrupts import DIVERGED, STOPPED, Diverged, Stopped
+from jax_attn.train.interrupts import DIVERGED, STOPPED, Diverged, Stopped, stop_requests
 from jax_attn.train.leaves import digest
 from jax_attn.train.loop import fit
 from jax_attn.train.memory import keep_memory
@@ -54,5 +54,6 @@ __all__ = [
     "make_train_step",
     "next_token_loss",
     "scale_rates",
+    "stop_requests",
     "tensorboard",
 ]

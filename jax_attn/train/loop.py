@@ -5,6 +5,7 @@ measured, so the first row is step 0.
 """
 
 import contextlib
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,15 +14,14 @@ import jax
 import numpy as np
 import rich.progress
 
-from jax_attn.report import Row, display, jsonl
-from jax_attn.train.checkpoint import tell_stderr
+from jax_attn.report import Row, display, jsonl, tell_stderr
 from jax_attn.train.interrupts import STOPPED, Stopped, stop_requests
 from jax_attn.train.memory import keep_memory
 from jax_attn.train.run import Run
 from jax_attn.train.sinks import Sink, running
 from jax_attn.train.step import PyTree, StepFn, TrainState
 from jax_attn.train.training import History, Training
-from jax_attn.train.watch import Trace, watchdog
+from jax_attn.train.watch import Pace, Trace, watchdog
 
 
 def fit(
@@ -56,7 +56,7 @@ def fit(
 
     Rows go to `History` and, as they come, to the JSONL file (see `report.jsonl`; where a resumed
     run logs a step again, the last line counts) and to the sinks. `time_s` counts seconds since
-    the call. The file's last line has the ledger, `seconds/NAME`. With several processes only
+    the call. The file's last line alone has the ledger, `seconds/NAME`. With several processes only
     process 0 writes and shows.
 
     On a CPU memory that a step frees stays with the process (`keep_memory`).
@@ -88,14 +88,16 @@ def fit(
       tags: constants that open every line of the file, to tell runs that share it apart.
       sinks: more receivers of rows, such as `tensorboard(folder)`; one that fails stops nothing.
       title: what to call the run in the display.
-      tokens_per_step: tokens in one batch, for tokens/s; 0 shows steps/s.
+      tokens_per_step: tokens in one batch, for tokens/s, in rows `tokens_per_s`; 0 shows steps/s.
       flops_per_step: floating-point operations that the model needs for one step, forward and
-        backward, without recomputation; shows TFLOP/s.
-      peak_flops: what all devices can do in a second; shows the share reached, MFU, instead.
+        backward, without recomputation; shows TFLOP/s, in rows `flops_per_s`.
+      peak_flops: what all devices can do in a second; shows the share reached, `mfu`, instead.
+        Rates in a row are those since the row before.
       progress: a display to share, see `report.training_progress`; the caller starts and stops it.
       give_up_after: steps in a row whose update was left out.
       strict: raise where the step compiles a second time, instead of a line.
-      stall_s: report, with the stacks of all threads, that no step was finished for so long.
+      stall_s: report, with the stacks of all threads, that no step was finished for so long; 0
+        reports nothing.
       profile: (first, last) step, both included, to trace for xprof into `run.folder`/profile or
         beside the metrics.
     Returns: the last state and the `History`; at once and empty when the steps are already made.
@@ -118,20 +120,17 @@ def fit(
         ("steps", steps, 1),
         ("log_every", log_every, 1),
         ("eval_every", eval_every, 0),
+        ("give_up_after", give_up_after, 1),
         ("tokens_per_step", tokens_per_step, 0),
         ("flops_per_step", flops_per_step, 0),
         ("peak_flops", peak_flops, 0),
-        ("give_up_after", give_up_after, 1),
         ("stall_s", stall_s, 0),
     ):
+        if name in ("steps", "log_every", "eval_every", "give_up_after"):
+            _check_int(name, value)
         if not value >= least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if eval_every and evaluate is None:
-        raise ValueError(f"eval_every is {eval_every} but evaluate is None")
-    if run is not None and metrics_path is not None:
-        raise ValueError("metrics_path: a run has its own, run.metrics_path; give one of the two")
-    if run is not None and run.checkpoints.best is not None and evaluate is None:
-        raise ValueError(f"run: best is {run.checkpoints.best!r} but evaluate is None")
+    _check(state, run, sinks, metrics_path, evaluate, eval_every)
     path = metrics_path if run is None else run.metrics_path
     told = tell_stderr if run is None else run.tell
 
@@ -139,7 +138,7 @@ def fit(
         with contextlib.suppress(OSError):  # a log on a full disk
             told(text)
 
-    trace = Trace(profile, path)
+    trace = Trace(profile, steps, path)
     if jax.default_backend() == "cpu":
         keep_memory()
 
@@ -158,7 +157,8 @@ def fit(
             return training.state, history
         first = jax.process_index() == 0
         write = stack.enter_context(jsonl(path if first else None, tags, tell))
-        send = stack.enter_context(running(sinks if first else (), tell))
+        sinking = stack.enter_context(contextlib.ExitStack())
+        send = sinking.enter_context(running(sinks if first else (), tell))
         show = stack.enter_context(
             display(progress, title, start, steps, flops_per_step, peak_flops)
         ) if first else None  # fmt: skip
@@ -170,16 +170,28 @@ def fit(
             send(row)
 
         training.put = put
+        training.pace = Pace(ledger, tokens_per_step, flops_per_step, peak_flops)
 
         def finish(step: int, metrics: Mapping[str, Any]) -> Row:
             row = training.record(step, metrics, log_every)
             if show is not None:
-                away_s = sum(ledger.seconds.get(name, 0.0) for name in ("eval", "save"))
                 rate = row.get("learning_rate")
                 rate = None if rate is None else float(np.mean(rate))
                 with contextlib.suppress(OSError):
-                    show(step + 1, float(np.mean(row["loss"])), tokens_per_step, away_s, rate)
+                    show(
+                        step + 1, float(np.mean(row["loss"])), tokens_per_step, ledger.away(), rate
+                    )
             return row
+
+        def leave() -> None:
+            training.happened(f"asked to stop: saving after {training.made} steps")
+            raise Stopped(STOPPED)
+
+        def close_books() -> None:
+            with ledger("write"):
+                sinking.close()  # may wait for a sink that hangs
+            training.put = write
+            training.close_books()
 
         try:
             if start and run is not None:
@@ -188,13 +200,19 @@ def fit(
             due = eval_every and start % eval_every == 0 and not training.measured
             if due and (start == 0 or run is not None):
                 training.evaluate(evaluate)
+            stop = training.asked(start)
+            if stop:
+                training.save()
+                leave()
+            if profile is not None and profile[1] < start:
+                tell(f"profile: steps {profile[0]} to {profile[1]} were made before this start")
             while training.made < steps:
                 trace.before(training.made)
                 training.advance()
                 made = training.made
                 last = made == steps
                 pause = last or (eval_every > 0 and made % eval_every == 0)
-                stop = training.asked(made)
+                stop |= training.asked(made)  # a rollback may come before it is obeyed
                 saves = run is not None and (run.due(made) | last | stop)
                 empty = pause or saves or trace.ends(made)
                 while len(training.waiting) > (0 if empty else 1):
@@ -205,16 +223,16 @@ def fit(
                 if training.made < made:
                     continue  # rolled back
                 trace.after(made)
-                if pause and not (stop and not last):
+                if pause and (last or not stop):
                     training.evaluate(evaluate)
-                    saves |= run is not None and run.improves(training.measured)
+                    stop |= training.asked(made)
+                    saves |= run is not None and (run.improves(training.measured) | stop)
                 if saves:
                     training.save()
                 if stop and not last:
-                    training.happened(f"asked to stop: saving after {made} steps")
-                    raise Stopped(STOPPED)
+                    leave()
         except (FloatingPointError, Stopped):
-            training.close_books()
+            close_books()
             raise
         except BaseException:
             # Steps that ran belong in the file; a failure to fetch them must not hide the cause.
@@ -226,5 +244,37 @@ def fit(
                         training.record(step, metrics, log_every)
             training.rescue()
             raise
-        training.close_books()
+        close_books()
     return training.state, history
+
+
+def _check(
+    state: TrainState,
+    run: Run | None,
+    sinks: Sequence[Sink],
+    metrics_path: str | os.PathLike[str] | None,
+    evaluate: Callable[[PyTree], Mapping[str, Any]] | None,
+    eval_every: int,
+) -> None:
+    """Refuse arguments of another kind, and pairs of them that do not go together."""
+    if not hasattr(state, "step"):
+        raise ValueError(f"state must be a TrainState, see init_state, got {type(state).__name__}")
+    if run is not None and not isinstance(run, Run):
+        raise ValueError(f"run must be a train.Run, for example train.Run({run!r}), got {run!r}")
+    if not isinstance(sinks, Sequence) or not all(map(callable, sinks)):
+        raise ValueError(f"sinks must be a sequence of functions of a row, got {sinks!r}")
+    if eval_every and evaluate is None:
+        raise ValueError(f"eval_every is {eval_every} but evaluate is None")
+    if run is not None and metrics_path is not None:
+        raise ValueError("metrics_path: a run has its own, run.metrics_path; give one of the two")
+    if run is not None and run.checkpoints.best is not None and evaluate is None:
+        raise ValueError(f"run: best is {run.checkpoints.best!r} but evaluate is None")
+
+
+def _check_int(name: str, value: Any) -> None:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an int, got {value!r}") from None

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_attn.train.watch import host_share
 from jax_attn.view.curves import curve, plot_curves
 
 _STYLE = """
@@ -40,12 +41,12 @@ _PARTS = {
 
 
 def read_rows(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the rows that `fit` wrote; a half line at the end, of a run that writes, is left out.
+    """Read the rows that `fit` wrote; half a line, where a run was killed or writes, is left out.
 
     Args:
       run: a run's folder or a JSONL file.
     Returns: the rows, non-finite numbers as floats again.
-    Raises: ValueError naming the file that is missing, or the line that is not JSON.
+    Raises: ValueError naming the file that is missing or no text, or the line that is not JSON.
     Example:
       >>> import tempfile
       >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -59,18 +60,42 @@ def read_rows(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text") from None
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # a killed run leaves half a line
+            if line.startswith("{") and not line.endswith("}"):
+                continue
+            raise ValueError(f"{path}, line {number}: not JSON: {line[:60]}") from None
         if not isinstance(row, dict) or "step" not in row:
             raise ValueError(f"{path}, line {number}: no row of metrics: {line[:60]}")
         found.append({name: _number(value) for name, value in row.items()})
     if not found:
         raise ValueError(f"{path} has no rows")
     return found
+
+
+def read_config(run: str | os.PathLike[str]) -> Any:
+    """Read the config of a run's folder; None where there is none.
+
+    Raises: ValueError naming the file and what is wrong with it.
+    Example:
+      >>> read_config("nowhere") is None
+      True
+    """
+    path = pathlib.Path(run) / "run.json"
+    if not path.exists():
+        return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(said, dict) or not isinstance(said.get("config"), dict):
+        raise ValueError(f"{path} has no 'config', a mapping; it was not written by a Run")
+    return said["config"]
 
 
 def page(runs: Mapping[str, Sequence[Mapping[str, Any]]], configs: Mapping[str, Any]) -> str:
@@ -119,6 +144,7 @@ def _table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for name, rows in runs.items():
         steps, loss = curve(rows, "loss")
         held, skipped = curve(rows, "eval/loss")[1], curve(rows, "skipped")[1]
+        rate, mfu = curve(rows, "tokens_per_s")[1], curve(rows, "mfu")[1]
         tail = loss[-max(1, len(loss) // 50) :]
         cells = [
             f"{int(steps[-1]) + 1:,}" if len(steps) else "",
@@ -126,11 +152,13 @@ def _table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             f"{held[-1]:.4f}" if len(held) else "",
             f"{np.nanmin(held):.4f}" if np.isfinite(held).any() else "",
             f"{skipped[-1]:.0f}" if len(skipped) else "",
+            f"{np.median(rate):,.0f}" if len(rate) else "",
+            f"{np.median(mfu):.1%}" if len(mfu) else "",
         ]
         lines.append(f"<tr><td>{html.escape(name)}" + "".join(f"<td>{cell}" for cell in cells))
     return (
         "<div><table><tr><th>run<th>steps<th>loss, last 2 %<th>held out, last<th>held out, best"
-        "<th>updates left out" + "".join(lines) + "</table></div>"
+        "<th>updates left out<th>tokens/s<th>MFU" + "".join(lines) + "</table></div>"
     )
 
 
@@ -163,7 +191,8 @@ def _bars(spent: Mapping[str, Mapping[str, float]]) -> str:
             if total and seconds.get(part, 0) / total >= 0.001
         )
         lines.append(
-            f"<p>{html.escape(name)}: {total:,.1f} s: {shares}<div class=bar>{parts}</div>"
+            f"<p>{html.escape(name)}: {total:,.1f} s: {shares}. Of the steps, the device waited "
+            f"for Python at most {host_share(seconds):.1%}.<div class=bar>{parts}</div>"
             if seconds
             else f"<p>{html.escape(name)}: not known before the run ends"
         )
@@ -206,11 +235,8 @@ def main() -> None:
         short = [path.name or str(path) for path in paths]
         names = short if len(set(short)) == len(paths) else [str(path) for path in paths]
         runs = {name: read_rows(path) for name, path in zip(names, paths, strict=True)}
-        configs = {
-            name: json.loads((path / "run.json").read_text())["config"]
-            for name, path in zip(names, paths, strict=True)
-            if (path / "run.json").exists()
-        }
+        found = {name: read_config(path) for name, path in zip(names, paths, strict=True)}
+        configs = {name: config for name, config in found.items() if config is not None}
         folder.mkdir(parents=True, exist_ok=True)
         plot_curves(runs, folder / "curves.png")
         (folder / "curves.html").write_text(page(runs, configs), encoding="utf-8")

@@ -12,6 +12,7 @@ import numpy as np
 Sink = Callable[[Mapping[str, Any]], None]
 
 _WAITING = 1000  # rows that a slow sink may be behind
+_PAUSE_S, _LONGEST_S = 1.0, 300.0  # after a failure; doubled for each one in a row, up to
 
 
 @contextlib.contextmanager
@@ -20,11 +21,12 @@ def running(
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Give every sink a thread of its own and rows as they come.
 
-    A sink that raises gets no more rows. One that falls behind by 1,000 rows, or hangs, loses
-    rows. Both are told once.
+    A sink that raises loses that row and gets the next ones after a pause: a second, twice as long
+    after each failure in a row, at most 5 minutes. One that falls behind by 1,000 rows, or hangs,
+    loses rows. What fails or falls behind is told once, until it works again.
 
     Args:
-      sinks: called with each row, one row at a time.
+      sinks: called with each row, one row at a time; at the end one's `close()`, if it has that.
       tell: what gets a line about a sink that failed.
       patience_s: how long to wait at the end for sinks that have rows left.
     Returns: a context manager that yields `send(row)`, which never blocks and never raises.
@@ -55,25 +57,31 @@ class _Line:
         self.sink, self.tell = sink, tell
         self.name = getattr(sink, "__name__", type(sink).__name__)
         self.rows: queue.Queue[Mapping[str, Any] | None] = queue.Queue(_WAITING)
-        self.failed = self.lost = False
+        self.lost, self.ended = False, threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"sink-{self.name}", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        while (row := self.rows.get()) is not None:
+        failures, row = 0, {}
+        while row is not None:
+            row = self.rows.get()
             try:
-                self.sink(row)
-            except Exception as error:
-                self.failed = True
-                self.tell(
-                    f"sink {self.name} failed and gets no more rows, training goes on: "
-                    f"{type(error).__name__}: {error}"
-                )
-                return
+                if row is not None:
+                    self.sink(row)
+                elif hasattr(self.sink, "close"):
+                    self.sink.close()  # type: ignore[attr-defined]
+                failures = 0
+            except BaseException as error:  # SystemExit would end the thread without a word
+                if not failures:
+                    self.tell(
+                        f"sink {self.name} failed and loses rows, training goes on: "
+                        f"{type(error).__name__}: {error}"
+                    )
+                failures += 1
+                # At the end of the run the rows that wait are tried without a pause.
+                self.ended.wait(min(_PAUSE_S * 2 ** min(failures - 1, 20), _LONGEST_S))
 
     def send(self, row: Mapping[str, Any]) -> None:
-        if self.failed:
-            return
         try:
             self.rows.put_nowait(row)
         except queue.Full:
@@ -82,6 +90,7 @@ class _Line:
                 self.tell(f"sink {self.name} is {_WAITING} rows behind and loses rows")
 
     def close(self, patience_s: float) -> None:
+        self.ended.set()
         with contextlib.suppress(queue.Full):
             self.rows.put_nowait(None)
         self.thread.join(patience_s)
@@ -114,4 +123,5 @@ def tensorboard(folder: str | os.PathLike[str]) -> Sink:
         writer.flush()
 
     write.__name__ = "tensorboard"
+    write.close = writer.close  # type: ignore[attr-defined]  # flush leaves the last row behind
     return write

@@ -19,6 +19,8 @@ from jax_attn.train.run import Run
 from jax_attn.train.step import PyTree, StepFn, TrainState, after_rollback, jumped, steps_made
 from jax_attn.train.watch import Compiles, Ledger
 
+_TELL_SKIPS_S = 60.0  # at most so often: a run may leave out many steps, each alone
+
 
 class History(NamedTuple):
     """Hold the metrics of one call of `fit`, the same rows as its JSONL file.
@@ -62,10 +64,12 @@ class Training:
             )
         self.asked: Callable[[int], bool] = lambda step: False
         self.put: Callable[[Row], None] = lambda row: None
+        self.pace: Callable[[int], dict[str, float]] = lambda made: {}
         self.made, self.jumped, self.compiled = steps_made(state), jumped(state), False
         # The step saved last, until it is marked as healthy, and whether an update followed it.
         self.unconfirmed, self.followed = 0, False
-        self.failed_at, self.told_skip = -(10**9), False  # failed_at: where a rollback gave up
+        self.failed_at = -(10**9)  # where a rollback gave up
+        self.skipping, self.told_skip = False, -math.inf  # told_skip: when
         self.measured: dict[str, Any] = {}
 
     def resume(self) -> None:
@@ -97,6 +101,8 @@ class Training:
             given = self.state
             self.state, metrics = self.step_fn(given, batch, self.key)
             changed = self.compiles.changed(given, batch, self.key)
+            if changed:
+                self.ledger.rename("compile")
         self.compiled = True
         self.waiting.append((self.made, metrics))
         self.made += 1
@@ -116,18 +122,22 @@ class Training:
             if "loss" not in row:
                 raise ValueError(f"step_fn's metrics have no 'loss', only {', '.join(metrics)}")
             if step % log_every == 0 or step == self.steps - 1 or _not_finite(row):
+                for name, rate in self.pace(step + 1).items():
+                    row.setdefault(name, rate)  # a metric of the step's own counts
                 self.history.train.append(row)
                 self.put(row)
         return row
 
     def evaluate(self, evaluate: Callable[[PyTree], Mapping[str, Any]] | None) -> None:
-        """Evaluate the parameters as they are now."""
+        """Evaluate the parameters as they are now; a stop asked for meanwhile may leave it out."""
         if evaluate is None:
             return
         with self.ledger("eval"):
             measured = _measured("eval", evaluate(self.state.params))
             means = means_of(self.state.opt_state)
             if len(means) == 1:
+                if self.made < self.steps and self.asked(self.made):
+                    return  # half of it is nothing: it is made again where the run goes on
                 measured |= _measured("eval/average", evaluate(means[0].params))
             row = _row(self.made, measured, self.began)
         best = self.run.checkpoints.best if self.run is not None else None
@@ -173,8 +183,10 @@ class Training:
             self.followed = True
             if not self.run.checkpoints.busy():  # else at a later step: nobody waits for this
                 self.confirm()
-        if in_row and np.isfinite(in_row) and not self.told_skip:
-            self.told_skip = True
+        began, self.skipping = in_row > 0 and not self.skipping, in_row > 0
+        now = time.perf_counter()
+        if began and np.isfinite(in_row) and now - self.told_skip >= _TELL_SKIPS_S:
+            self.told_skip = now
             self.happened(
                 f"step {row['step']}: {', '.join(bad or [_large(row)])}, so its update was left "
                 f"out; metrics count those that follow as `skipped`"

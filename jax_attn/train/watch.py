@@ -7,13 +7,16 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 PyTree = Any
+
+
+_AWAY = ("compile", "eval", "save", "restore")  # from training
 
 
 class Ledger:
@@ -49,10 +52,64 @@ class Ledger:
         finally:
             self._switch(outer)
 
+    def rename(self, name: str) -> None:
+        """Book the entry that is open, from its start, under another name."""
+        self.open = name
+
+    def away(self) -> float:
+        """Return the seconds booked so far on what is no training."""
+        return sum(self.seconds.get(name, 0.0) for name in _AWAY)
+
     def close(self) -> dict[str, float]:
         """Book the time up to now and return all entries."""
         self._switch(self.open)
         return dict(self.seconds)
+
+
+def host_share(seconds: Mapping[str, float]) -> float:
+    """Return the share of the steps' time in which Python did other things than wait for a step.
+
+        share = (data + write + loop) / (data + write + loop + compute)
+
+    The device computes meanwhile, one step ahead, so it stands still for at most that share.
+
+    Example:
+      >>> host_share({"data": 0.5, "write": 0.25, "loop": 0.25, "compute": 99.0, "eval": 7.0})
+      0.01
+    """
+    host = sum(seconds.get(name, 0.0) for name in ("data", "write", "loop"))
+    whole = host + seconds.get("compute", 0.0)
+    return host / whole if whole else 0.0
+
+
+class Pace:
+    """Rates of training since the row before: without compiles, evaluations, saves, restores.
+
+    Args:
+      ledger: what knows how long those took.
+      tokens_per_step, flops_per_step, peak_flops: as for `fit`; what is 0 gives no rate.
+    Example:
+      >>> pace = Pace(Ledger(), 768, 0.0, 0.0)
+      >>> pace(1), list(pace(11))
+      ({}, ['tokens_per_s'])
+    """
+
+    def __init__(
+        self, ledger: Ledger, tokens_per_step: float, flops_per_step: float, peak_flops: float
+    ) -> None:
+        self.ledger, self.each = ledger, {"tokens_per_s": float(tokens_per_step)}
+        name, unit = ("mfu", peak_flops) if peak_flops else ("flops_per_s", 1.0)
+        self.each[name] = flops_per_step / unit
+        self.before: tuple[int, float] | None = None
+
+    def __call__(self, made: int) -> dict[str, float]:
+        """Return the rates of the steps since the last call; none at first or after a rollback."""
+        before, now = self.before, time.perf_counter() - self.ledger.away()
+        self.before = made, now
+        if before is None or made <= before[0]:
+            return {}
+        steps_per_s = (made - before[0]) / max(now - before[1], 1e-9)
+        return {name: each * steps_per_s for name, each in self.each.items() if each}
 
 
 class Compiles:
@@ -120,12 +177,12 @@ def watchdog(ledger: Ledger, progress: Callable[[], int], stall_s: float) -> Ite
     Args:
       ledger: its open entry says what the process is doing.
       progress: steps finished so far.
-      stall_s: seconds without a step; infinity watches nothing.
+      stall_s: seconds without a step; 0 or infinity watches nothing.
     Example:
       >>> with watchdog(Ledger(), lambda: 0, float("inf")):
       ...     pass
     """
-    if stall_s == float("inf"):
+    if stall_s in (0, float("inf")):
         yield
         return
     ended = threading.Event()
@@ -138,13 +195,14 @@ def watchdog(ledger: Ledger, progress: Callable[[], int], stall_s: float) -> Ite
                 last, moved, told = made, now, False
             elif now - moved > stall_s and not told:
                 told = True
-                print(
+                text = (
                     f"\nwarning: process {jax.process_index()} of {jax.process_count()} has made "
                     f"no step for {now - moved:.0f} s, after {made} steps; it has been in "
-                    f"'{ledger.open}' for {now - ledger.since:.0f} s. Its threads:",
-                    file=sys.__stderr__, flush=True,
-                )  # fmt: skip
-                faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+                    f"'{ledger.open}' for {now - ledger.since:.0f} s. Its threads:"
+                )
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                    print(text, file=sys.__stderr__, flush=True)
+                    faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()
@@ -160,18 +218,24 @@ class Trace:
 
     Args:
       steps: the first and the last step to trace, both included; None traces nothing.
+      of: steps in the whole run.
       metrics_path: the folder of it gets a folder `profile`.
     Raises: ValueError naming what is wrong with the steps, or that there is no folder.
     Example:
-      >>> Trace(None, None).ends(3)
+      >>> Trace(None, 7, None).ends(3)
       False
     """
 
     def __init__(
-        self, steps: tuple[int, int] | None, metrics_path: str | os.PathLike[str] | None
+        self,
+        steps: tuple[int, int] | None,
+        of: int,
+        metrics_path: str | os.PathLike[str] | None,
     ) -> None:
-        if steps is not None and not 0 <= steps[0] <= steps[1]:
-            raise ValueError(f"profile must be (first, last) with 0 <= first <= last, got {steps}")
+        if steps is not None and not 0 <= steps[0] <= steps[1] < of:
+            raise ValueError(
+                f"profile must be (first, last) with 0 <= first <= last < steps={of}, got {steps}"
+            )
         if steps is not None and metrics_path is None:
             raise ValueError("profile needs a folder: give run or metrics_path")
         self.steps, self.running = steps, False
