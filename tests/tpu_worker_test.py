@@ -97,6 +97,41 @@ def test_sigterm_to_the_supervisor_reaches_the_job(worker: Worker) -> None:
     assert worker.ended()["exit"] == 75
 
 
+def test_a_program_behind_a_wrapper_may_save(worker: Worker) -> None:
+    saver = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.3)\n    pathlib.Path('saved').touch()\n    sys.exit(75)\n"
+        "signal.signal(15, save)\nprint(6 * 7, flush=True)\ntime.sleep(600)"
+    )
+    (worker.root / "source" / "saver.py").write_text(saver)
+    command = ["bash", "-c", "python saver.py; echo finished"]
+    for stop in (lambda: worker("stop", "--kill"), lambda: os.kill(worker.pid("supervisor"), 15)):
+        worker("launch", "--run=demo", "--count=2", "--coordinator=x:1", "--", *command)
+        wait_for(lambda: "[1] 42" in worker("logs", "--lines=1").stdout, "its first line")
+        stop()
+        assert worker.ended()["exit"] == 128 + signal.SIGTERM  # what the wrapper makes of it
+        (worker.root / "source" / "saved").unlink()
+
+
+def test_of_two_launches_at_once_one_is_refused(worker: Worker) -> None:
+    words = ["bash", str(worker.root / "worker.sh"), "launch", f"--root={worker.root}", "--index=1"]
+    words += ["--run=demo", "--count=1", "--coordinator=x:1", "--", "sleep", "600"]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    said = [child.communicate() for child in both]
+    assert sorted(child.returncode for child in both) == [0, 1], said
+    assert "a job runs here" in "".join(errors for _, errors in said)
+
+
+def test_an_exit_code_that_a_full_disk_lost_is_no_error_of_the_script(worker: Worker) -> None:
+    worker.launch("pass")
+    said = worker.ended()
+    assert (said["exit"], 0 <= said["ran"] < 60) == (0, True)
+    (worker.job / "exit").write_text("")
+    said = worker.status()
+    assert (said["state"], said["exit"], said["ended"], said["ran"]) == ("lost", None, None, None)
+
+
 def test_what_the_job_had_started_ends_with_it(worker: Worker) -> None:
     code = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
     worker.launch(code)
@@ -118,6 +153,9 @@ def test_logs_are_cut_by_size_and_lose_nothing_recent(worker: Worker) -> None:
     # A log may grow by one read of the pipe; it starts anew at the end of a line.
     assert all(path.stat().st_size <= 10000 + 65536 for path in logs)
     assert all(path.read_bytes().endswith(b"\n") for path in logs)
+    assert len(worker("logs", "--lines=1000000").stdout.splitlines()) == sum(
+        path.read_text().count("\n") for path in logs
+    )
     lines = [line for path in logs for line in path.read_text().splitlines()]
     numbers = [int(line.split()[1]) for line in lines if line.startswith("line")]
     assert numbers == list(range(numbers[0], 30000))

@@ -8,12 +8,13 @@
 #   setup      make FOLDER/venv from constraints.txt, or take --python; print versions
 #   launch     start the supervisor of COMMAND in a session of its own
 #   status     print what became of it
-#   stop       SIGTERM to the job that was launched here, and to nothing else
+#   stop       SIGTERM to all processes of the job that was launched here, and to nothing else
 #   unlock     remove libtpu's lock where nobody holds the TPU
 #   logs       print the log, each line with the worker's number
 #
-# FOLDER/job/ holds: supervisor, pid (a process's number and when it started), exit (code and time),
-# heartbeat (time, every 2 s), attempt, run, asked, log, log.1 to log.3.
+# FOLDER/job/ holds: supervisor, pid (a process's number and when it started), exit (code, time, and
+# seconds that the job ran), heartbeat (time, every 2 s), attempt, run, asked, grace, launching (a
+# lock), log, log.1 to log.3.
 # Each verb but logs prints one line of JSON. Exit code 75 of a job: stopped and saved; 76: diverged.
 set -euo pipefail
 
@@ -86,8 +87,7 @@ alive() {
 put() {
   local file=$1
   shift
-  echo "$*" >"$file.new"
-  mv -f "$file.new" "$file"
+  echo "$*" >"$file.new" && mv -f "$file.new" "$file"
 }
 
 word() { if [[ -f $1 ]]; then head -n 1 "$1"; fi; }
@@ -172,13 +172,18 @@ launch() {
   if [[ ! -d $root/source ]]; then fail 'no source is here; run: python -m tpu.run sync'; fi
   read_python
   mkdir -p "$job"
+  # One launch at a time. The lock belongs to the open file: it stays after Python ends, and goes
+  # with this shell. `flock` is not everywhere.
+  exec 9>>"$job/launching"
+  "$python" -I -S -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' ||
+    fail "$python does not run here; do: python -m tpu.run setup"
   refuse_while_running
-  rm -f "$job/supervisor" "$job/pid" "$job/exit" "$job/heartbeat" "$job/asked"
+  rm -f "$job/supervisor" "$job/pid" "$job/exit" "$job/heartbeat" "$job/asked" "$job/grace"
   put "$job/attempt" "$attempt"
   put "$job/run" "$run"
   (own_session bash "$0" supervise "--root=$root" "--index=$index" "--run=$run" \
     "--count=$count" "--coordinator=$coordinator" "--attempt=$attempt" \
-    "--log-bytes=$log_bytes" -- "$@") </dev/null >>"$job/supervisor.log" 2>&1 &
+    "--log-bytes=$log_bytes" -- "$@") </dev/null >>"$job/supervisor.log" 2>&1 9>&- &
   for _ in {1..100}; do
     if [[ -f $job/pid ]]; then break; fi
     sleep 0.1
@@ -189,9 +194,30 @@ launch() {
   say launched
 }
 
+# Whether a process of a group is alive. A zombie that nobody reaps is not.
+group_lives() {
+  local stat text fields
+  kill -0 -- "-$1" 2>/dev/null || return 1
+  if [[ ! -d /proc/self ]]; then return 0; fi
+  for stat in /proc/[0-9]*/stat; do
+    text=$(cat "$stat" 2>/dev/null) || continue
+    read -ra fields <<<"${text##*) }"
+    if [[ ${fields[2]} == "$1" && ${fields[0]} != [ZX] ]]; then return 0; fi
+  done
+  return 1
+}
+
+# SIGTERM to a job behind wrappers too. One that only just started leads no group yet.
+terminate() {
+  kill -TERM -- "-$1" 2>/dev/null || kill -TERM "$1" 2>/dev/null || true
+}
+
 supervise() {
-  local child rotator beats code=0 interrupted
+  local child='' rotator code=0 told=no looks=0 began i
   trap '' HUP INT
+  # A machine that shuts down sends SIGTERM to all: the job may save first.
+  trap 'told=yes; if [[ -n $child ]]; then terminate "$child"; fi' TERM
+  began=$(date +%s)
   read_python
   put "$job/supervisor" "$$ $(birth $$)"
   export JAX_COORDINATOR_ADDRESS=$coordinator JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=$index
@@ -206,22 +232,25 @@ supervise() {
   rm -f "$job/pipe"
   printf -- '--- run %s, attempt %s: %s\n' "$run" "$attempt" "$*" >&3
 
-  # A machine that shuts down sends SIGTERM to all: the job may save first.
-  trap 'interrupted=yes; kill -TERM "$child" 2>/dev/null || true' TERM
   (cd "$root/source" && trap - HUP INT && own_session "$@") </dev/null >&3 2>&1 3>&- &
   child=$!
   put "$job/pid" "$child $(birth "$child")"
-  while kill -0 $$ 2>/dev/null; do
-    put "$job/heartbeat" "$(date +%s)"
-    sleep 2
-  done 3>&- &
-  beats=$!
-  while :; do
-    interrupted=no
-    wait "$child" && code=0 || code=$?
-    if [[ $interrupted == no ]]; then break; fi
+  if [[ $told == yes ]]; then terminate "$child"; fi
+  # Not `wait`: interrupted by a signal just as the job ends, it would lose that end.
+  while [[ -n $(birth "$child") ]]; do
+    if ((looks++ % 4 == 0)); then put "$job/heartbeat" "$(date +%s)" || true; fi
+    sleep 0.5
   done
   trap '' TERM
+  wait "$child" && code=0 || code=$?
+  # The leader may have been a wrapper, and the program behind it still saves.
+  if [[ $told == yes || -f $job/grace ]]; then
+    i=$(word "$job/grace")
+    for ((i = ${i:-60} * 5; i > 0; i--)); do
+      if ! group_lives "$child"; then break; fi
+      sleep 0.2
+    done
+  fi
   kill -KILL -- "-$child" 2>/dev/null || true # what the job had started must not hold the TPU
   printf -- '--- ended with %s\n' "$code" >&3
   exec 3>&-
@@ -229,18 +258,21 @@ supervise() {
     if ! kill -0 "$rotator" 2>/dev/null; then break; fi
     sleep 0.1
   done
-  put "$job/exit" "$code $(date +%s)"
-  kill "$rotator" "$beats" 2>/dev/null || true
+  put "$job/exit" "$code $(date +%s) $(($(date +%s) - began))"
+  kill "$rotator" 2>/dev/null || true
 }
 
 status() {
-  local state=none code=null ended=null beat=null revision='' started=no
+  local state=none code=null ended=null ran=null beat=null revision='' started=no
   if alive "$job/supervisor"; then # first: it writes `exit` before it goes
     state=running started=yes
     alive "$job/pid" || true
   elif [[ -f $job/exit ]]; then
     state=ended
-    read -r code ended <"$job/exit"
+    if ! read -r code ended ran <"$job/exit"; then # a full disk
+      state=lost code=null ended=null
+    fi
+    ran=${ran:-null}
   elif alive "$job/pid"; then
     state=orphaned started=yes # its supervisor was killed
   elif [[ -f $job/attempt ]]; then
@@ -250,7 +282,7 @@ status() {
   if [[ -f $root/source/REVISION.json ]]; then
     revision=$(sed -n 's/.*"revision": "\([0-9a-f]*\)".*/\1/p' "$root/source/REVISION.json")
   fi
-  say "$state" ", \"exit\": $code, \"ended\": $ended, \"beat\": $beat, \
+  say "$state" ", \"exit\": $code, \"ended\": $ended, \"ran\": $ran, \"beat\": $beat, \
 \"pid\": $([[ $started == yes && -n $pid ]] && echo "$pid" || echo null), \
 \"attempt\": $(word "$job/attempt" | grep . || echo null), \"run\": \"$(word "$job/run")\", \
 \"asked\": $(yes_no -f "$job/asked"), \"ready\": $(yes_no -s "$root/python"), \
@@ -268,9 +300,19 @@ wait_for_end() {
 }
 
 stop() {
+  local leader=''
   if [[ $asked == yes && -d $job ]]; then : >"$job/asked"; fi
-  if alive "$job/pid"; then kill -TERM "$pid" 2>/dev/null || true; fi
+  if [[ -d $job ]]; then put "$job/grace" "$grace"; fi
+  if alive "$job/pid"; then
+    terminate "$pid"
+  elif alive "$job/supervisor"; then
+    kill -TERM "$pid" 2>/dev/null || true # it knows the job
+  fi
   if ! wait_for_end $((grace * 10)) && [[ $kill == yes ]]; then
+    if alive "$job/supervisor" && [[ -s $job/pid ]]; then
+      read -r leader _ <"$job/pid"
+      kill -KILL -- "-$leader" 2>/dev/null || true # its leader may be gone
+    fi
     if alive "$job/pid"; then # one that only just started leads no group yet
       kill -KILL -- "-$pid" 2>/dev/null || kill -KILL "$pid" 2>/dev/null || true
     fi
@@ -296,11 +338,13 @@ unlock() {
 }
 
 logs() {
-  local from=("$job/log")
+  local from=() name
   if [[ $follow == yes ]]; then
     tail -n "$lines" -F "$job/log" 2>/dev/null
   elif [[ -f $job/log ]]; then
-    if [[ -f $job/log.1 ]]; then from=("$job/log.1" "$job/log"); fi
+    for name in log.3 log.2 log.1 log; do
+      if [[ -f $job/$name ]]; then from+=("$job/$name"); fi
+    done
     cat "${from[@]}" | tail -n "$lines"
   else
     echo 'no log yet'
