@@ -263,6 +263,10 @@ def test_lost_spot_machines_are_asked_for_anew_and_the_same_run_goes_on(
     desk = Desk(desk.place, desk.folder, said.append)
     outcome = drive.watch(desk, Budget(), 30.0, lambda seconds: time.sleep(0.05))
     assert (outcome.done, outcome.left) == (True, ()), said
+    logs = desk.folder / "logs" / "run-7-2"
+    assert said.pop() == f"the logs are in {logs}"
+    for i in range(4):
+        assert "['end']" in (logs / f"worker-{i}.log").read_text()
     kinds = [line.split()[1].rstrip(":") for line in said]
     assert kinds == ["delete", "create", "wait", "prepare", "launch", "wait", "teardown"] or (
         kinds == ["delete", "create", "wait", "prepare", "launch", "teardown"]

@@ -195,10 +195,14 @@ def test_watch_does_not_make_anew_what_down_gave_back(
     assert not (desk.folder / "workers").exists()
 
 
-def test_logs_follow_until_ctrl_c(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_follow_until_ctrl_c(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run.main(["up", "--name=demo", "--backend=local", "--workers=2", STATE]) == 0
     homes = [Worker(tmp_path / "state" / "demo" / "workers" / str(i)) for i in range(2)]
+    assert run.main(["logs", "--name=demo", STATE]) == 1
+    assert "  do: nothing was synced to this worker yet" in capsys.readouterr().out
     for home in homes:
         home.prepare()
         home.job.mkdir()

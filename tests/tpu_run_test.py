@@ -13,12 +13,23 @@ from typing import Any
 import pytest
 
 from tests.style_test import run_doctests
-from tpu import run, ship, workers
-from tpu.verbs import Place
+from tpu import execute, options, run, ship, steps, workers
+from tpu.verbs import Command, Job, Place
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-MODULES = ("cloud", "compute", "drive", "execute", "local", "run", "ship", "steps", "verbs")
+MODULES = (
+    "cloud",
+    "compute",
+    "drive",
+    "execute",
+    "local",
+    "options",
+    "run",
+    "ship",
+    "steps",
+    "verbs",
+)
 MODULES += ("watch", "workers")
 JOB = ["--", "python", "-m", "experiments.character_lm", "--out=gs://bucket/a run"]
 VERBS: list[tuple[str, list[str]]] = [
@@ -61,20 +72,14 @@ def test_a_dry_run_prints_what_would_run(
         said.append(f"$ {verb}\n{shown.replace(sys.executable, 'PYTHON')}")
         if verb == "up":
             assert not (tmp_path / "runs").exists()
-            options = run.Up(**dict(field(word) for word in arguments[1:]))
+            place = options.place_for_up(options.parse("up", arguments[1:]), tmp_path / "none")
             folder = tmp_path / "runs" / "tpu" / "demo"
             folder.mkdir(parents=True)
-            place = run.place_for_up(options, tmp_path / "none")
             (folder / "place.json").write_text(json.dumps(vars(place)))
     text = "\n".join(said)
     if os.environ.get("REWRITE_GOLDEN"):
         (GOLDEN / f"{name}.txt").write_text(text)
     assert text == (GOLDEN / f"{name}.txt").read_text(), "REWRITE_GOLDEN=1 writes it anew"
-
-
-def field(word: str) -> tuple[str, Any]:
-    name, equals, value = word.removeprefix("--").replace("dry-run", "dry_run").partition("=")
-    return name, (int(value) if name == "workers" else value) if equals else True
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,7 @@ def test_wrong_arguments_are_one_line(
         (["stop", "--grace=-1"], "--grace must be at least 0"),
         (["watch"], "nothing was launched yet"),
         (["watch", "--max-hours=0"], "--max_hours must be above 0"),
+        (["watch", "--poll_s=inf"], "--poll_s must be above 0 and not inf, got inf"),
     ],
 )
 def test_wrong_arguments_of_a_place_that_is_known(
@@ -147,13 +153,78 @@ def test_wrong_arguments_of_a_place_that_is_known(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("job", '{"run": "c"}', "KeyError: 'argv'"),
+        ("job", '{"run": "c", "argv": ["x"], "attempt": "1"}', "is of another type"),
+        ("job", "{", "JSONDecodeError"),
+        ("watch", "{}", "missing 1 required positional argument: 'began'"),
+    ],
+)
+def test_a_file_of_its_own_that_cannot_be_read_is_named(
+    name: str, text: str, message: str, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    place = Place("demo", "local", workers=2)
+    desk = steps.Desk(place, tmp_path / "demo")
+    steps.write(desk, "place", place)
+    steps.write(desk, "job", Job("demo", ("x",)))
+    (desk.folder / "outgoing").mkdir()
+    (desk.folder / "outgoing" / "tpu-run-demo.tar.gz").touch()
+    (desk.folder / f"{name}.json").write_text(text)
+    assert run.main(["watch", "--name=demo", f"--state={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {desk.folder / name}.json cannot be read (")
+    assert message in said
+
+
+def test_a_state_folder_that_cannot_be_is_one_error(tmp_path: pathlib.Path, capsys: Any) -> None:
+    (tmp_path / "file").touch()
+    place = ["--name=demo", f"--state={tmp_path / 'file'}"]
+    for words in (["up", "--backend=local", "--workers=1"], ["status"]):
+        assert run.main([*words, *place]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: [Errno ")
+        assert str(tmp_path / "file") in said
+        assert "--state=FOLDER" in said
+
+
+def test_a_dry_run_of_any_verb_before_up(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for verb, more in VERBS:
+        words = [verb, "--name=demo", "--target=v5e-16", *CLOUD, "--dry-run", *more]
+        assert run.main(words) == 0
+        assert "gcloud compute tpus" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert run.main(["sync", "--name=demo", "--target=v5e-12", "--dry-run"]) == 2
+    assert "v5e is let with 1, 4, 8" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_ends_what_is_streamed() -> None:
+    def write(line: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        execute.stream([Command(("bash", "-c", "echo '[0] a'; sleep 600"), "")], write)
+
+
+def test_ctrl_c_while_packages_are_imported_is_no_traceback() -> None:
+    code = "import sys, tpu.run; print(sorted({'jax', 'jax_attn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_help_and_unknown_options(capsys: Any) -> None:
     assert run.main(["--help"]) == 0
     assert "python -m tpu.run VERB" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         run.main(["up", "--help"])
     assert ended.value.code == 0
-    assert "--capacity=on-demand" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--capacity=on-demand" in said
+    assert "spot (may be taken at any time)" in said
     with pytest.raises(SystemExit) as ended:
         run.main(["up", "--zon=x"])
     assert ended.value.code == 2
@@ -174,8 +245,8 @@ def test_what_is_shipped_is_the_tree_as_it_is_now(tmp_path: pathlib.Path) -> Non
     git(tree, "init", "-q")
     git(tree, "add", ".")
     git(tree, "commit", "-qm", "one")
-    archive = tmp_path / "made" / "tree.tar.gz"
-    clean = ship.pack(tree, archive)
+    archive, state = tmp_path / "made" / "tree.tar.gz", tree / "runs" / "tpu"
+    clean = ship.pack(tree, archive, state)
     assert (len(clean.revision), clean.diff_sha256, clean.files) == (40, "", 5)
 
     (tree / "changed.py").write_text("new")
@@ -183,7 +254,7 @@ def test_what_is_shipped_is_the_tree_as_it_is_now(tmp_path: pathlib.Path) -> Non
     (tree / "new.py").write_text("untracked")
     (tree / "secret.txt").write_text("stays here")
     (tree / "link.py").symlink_to("kept.py")
-    made = ship.pack(tree, archive)
+    made = ship.pack(tree, archive, state)
     assert (made.revision, made.files) == (clean.revision, 6)
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "out", filter="data")
@@ -196,17 +267,23 @@ def test_what_is_shipped_is_the_tree_as_it_is_now(tmp_path: pathlib.Path) -> Non
         **{"link.py": "old", ".gitignore": "secret*\n"},
     }
     (tree / "new.py").write_text("untracked, too")
-    assert ship.pack(tree, archive).diff_sha256 != made.diff_sha256
+    assert ship.pack(tree, archive, state).diff_sha256 != made.diff_sha256
     (tree / "new.py").write_text("untracked")
-    assert ship.pack(tree, archive).diff_sha256 == made.diff_sha256
+    assert ship.pack(tree, archive, state).diff_sha256 == made.diff_sha256
     (tree / "changed.py").write_text("newer")
-    assert ship.pack(tree, archive).diff_sha256 != made.diff_sha256
+    assert ship.pack(tree, archive, state).diff_sha256 != made.diff_sha256
+    (state / "demo" / "outgoing").mkdir(parents=True)
+    (state / "demo" / "outgoing" / "old.tar.gz").write_text("shipped before")
+    assert ship.pack(tree, archive, state).files == 6
+    assert ship.pack(tree, archive, tmp_path).files == 7  # it is a folder like any other
+    with pytest.raises(ValueError, match="is the tree that is shipped; name another folder"):
+        ship.pack(tree, archive, tree)
     (tree / "below").mkdir()
     with pytest.raises(ValueError, match="is not the top of its git working tree"):
-        ship.pack(tree / "below", archive)
+        ship.pack(tree / "below", archive, state)
     (tmp_path / "plain").mkdir()
     with pytest.raises(ValueError, match="git rev-parse"):
-        ship.pack(tmp_path / "plain", archive)
+        ship.pack(tmp_path / "plain", archive, state)
 
 
 def test_pins_of_both_ends_are_read() -> None:

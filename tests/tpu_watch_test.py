@@ -40,6 +40,9 @@ CASES = [
     (READY, Seen("running"), {}, "wait", "runs"),
     (SPOT, Seen("stopped"), {}, "launch", "same run"),
     (READY, Seen("stopped", asked=True), {}, "teardown", "by hand"),
+    (READY, Seen("stopped", quick=True), {"quick_stops": 2}, "launch", "same run"),
+    (READY, Seen("stopped", quick=True), {"quick_stops": 3}, "teardown", "4 times in a row"),
+    (READY, Seen("stopped"), {"quick_stops": 3}, "launch", "same run"),
     (READY, KILLED, {}, "launch", "start 1 of 3"),
     (READY, dataclasses.replace(KILLED, survivors=3), {}, "stop", "others cannot go on"),
     (READY, KILLED, {"retries": 2}, "launch", "start 3 of 3"),
@@ -170,7 +173,7 @@ ENDED = [
     # exit code and second of each worker; what it means, who is named
     ([(0, 5), (0, 5)], "done", "all"),
     ([(75, 5), (75, 6)], "stopped", "all"),
-    ([(75, 5), (0, 6)], "stopped", "all"),
+    ([(75, 5), (0, 6)], "stopped", "worker 0 saved and stopped, worker 1 ended with 0"),
     ([(1, 5), (134, 99)], "user", "worker 0"),
     ([(134, 9), (1, 5)], "user", "worker 1"),
     ([(134, 5), (1, 5)], "user", "worker 1"),
@@ -200,6 +203,17 @@ def test_a_worker_that_died_makes_a_job_fail_while_others_run(code: int) -> None
     rows = [Row(0, "running", attempt=1), Row(1, "ended", code, 5, attempt=1)]
     seen = judge(rows)
     assert (seen.state, seen.survivors) == ("infrastructure", 1)
+
+
+def test_a_stop_is_quick_where_all_that_saved_ran_briefly() -> None:
+    def quick(*seconds: int | None) -> bool:
+        return judge(
+            [Row(i, "ended", 75, 5, ran, attempt=1) for i, ran in enumerate(seconds)]
+        ).quick
+
+    assert quick(3, 59)
+    assert not quick(3, 60)
+    assert not quick(3, None)  # its worker.sh is an older one
 
 
 def test_rows_that_are_not_of_one_start() -> None:

@@ -28,6 +28,8 @@ TOO_MANY = re.compile(
 )
 # What a tool says, and what helps. The first that is found counts.
 ADVICE = (
+    (re.compile(r"worker\.sh: No such file"),
+     "nothing was synced to this worker yet: python -m tpu.run sync"),
     (QUOTA, "ask for more of the quota that is named (console: IAM & Admin, Quotas), take a zone "
      "where you have some, or another --capacity; requests that failed or were suspended count "
      "until they are deleted: gcloud compute tpus queued-resources list --zone=..."),
@@ -140,7 +142,7 @@ def stream(commands: Sequence[Command], write: Callable[[str], None]) -> int:
     The rest are ssh's own words; they are told where a command fails. Ctrl-C ends all commands.
 
     Returns: 0, or the code of one that failed by itself.
-    Raises: Failed where a program is not installed.
+    Raises: Failed where a program is not installed; BrokenPipeError from `write`.
     Example:
       >>> stream([Command(("echo", "[0] step 1"), "")], print)
       [0] step 1
@@ -149,16 +151,21 @@ def stream(commands: Sequence[Command], write: Callable[[str], None]) -> int:
     _check_installed(commands)
     lock, running, readers = threading.Lock(), [], list[threading.Thread]()
     words: dict[int, str] = {}
+    unread = threading.Event()  # nobody reads what is written: | head
 
     def read(child: subprocess.Popen[str]) -> None:
         assert child.stdout is not None
         with child.stdout as lines:
             for line in lines:
                 with lock:
-                    if re.match(r"\[\d+\] ", line):
-                        write(line.rstrip("\n"))
-                    else:
+                    if not re.match(r"\[\d+\] ", line):
                         words[child.pid] = words.get(child.pid, "")[-2000:] + line
+                        continue
+                    try:
+                        write(line.rstrip("\n"))
+                    except BrokenPipeError:
+                        unread.set()
+                        return
 
     try:
         for command in commands:
@@ -169,9 +176,12 @@ def stream(commands: Sequence[Command], write: Callable[[str], None]) -> int:
         for reader in readers:
             while reader.is_alive():
                 reader.join(0.2)
+                if unread.is_set():
+                    raise BrokenPipeError
         for child in running:
             if child.wait():
-                write(f"error: {last(Reply(child.returncode, '', words.get(child.pid, '')))}")
+                said = Reply(child.returncode, "", words.get(child.pid, ""))
+                write(f"error: {explain(said)}")
         return max((abs(child.returncode) for child in running), default=0)
     except KeyboardInterrupt:
         return 0

@@ -16,7 +16,8 @@ python -m tpu.run VERB --name=NAME [--option=value ...] [-- COMMAND ...]
            --max-hours=24
   down     give everything back and check that nothing is left
 
---dry-run prints a verb's commands and runs none. VERB --help lists its options.
+--dry-run prints a verb's commands and runs none; for machines that are not up, give it the options
+of up too. VERB --help explains its options.
 """
 
 import contextlib
@@ -33,80 +34,15 @@ import rich.console
 import rich.table
 import rich.text
 
-from jax_attn.command_line import Nothing, parse_both
 from tpu import drive, execute, steps
 from tpu.execute import Failed
 from tpu.steps import Desk
-from tpu.verbs import Command, Job, Place, check, check_job, check_name, written
+from tpu.verbs import Command, Job, check_job, check_name, written
 from tpu.watch import Budget
 from tpu.workers import Row, judge
 
-
-@dataclasses.dataclass(frozen=True)
-class Common:
-    """Options of every verb."""
-
-    name: str = ""
-    state: str = "runs/tpu"
-    dry_run: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Up(Common):
-    backend: str = "queued"
-    target: str = ""
-    workers: int = 0
-    zone: str = ""
-    project: str = ""
-    capacity: str = "on-demand"
-    reservation: str = ""
-    poll_s: float = 30.0
-    wait: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch(Common):
-    run: str = ""
-    port: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Logs(Common):
-    lines: int = 100
-    follow: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Status(Common):
-    json: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Stop(Common):
-    grace: int = 60
-    kill: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Watch(Common):
-    max_hours: float = 24.0
-    idle_teardown: float = 10.0
-    poll_s: float = 30.0
-
-
-OPTIONS: dict[str, type[Common]] = {
-    "up": Up,
-    "sync": Common,
-    "setup": Common,
-    "launch": Launch,
-    "status": Status,
-    "logs": Logs,
-    "stop": Stop,
-    "watch": Watch,
-    "down": Common,
-}
-
-
+NAMES = ("up", "sync", "setup", "launch", "status", "logs", "stop", "watch", "down")
+ONE_AT_A_TIME = ("sync", "setup", "launch", "stop", "down")
 FAILURES = ("infrastructure", "user", "diverged")
 
 
@@ -120,7 +56,7 @@ def up(desk: Desk, options: Any) -> int:
     backend = desk.backend
     if options.dry_run:
         return show([backend.create(), backend.look()])
-    cloud, said = steps.look(desk), ""
+    cloud, said, absent_s = steps.look(desk), "", 0.0
     if cloud.state == "unknown":
         raise Failed(f"the state of {options.name} cannot be seen: {cloud.why}")
     if cloud.state in ("suspended", "failed"):
@@ -131,10 +67,16 @@ def up(desk: Desk, options: Any) -> int:
     while options.wait and cloud.state != "active":
         if cloud.state in ("suspended", "failed"):
             raise Failed(f"{options.name} is {cloud.state} ({cloud.why})\n  do: down, then up")
+        if cloud.state == "absent" and absent_s >= 60 * Budget().max_request_minutes:
+            raise Failed(
+                f"{options.name}: the request does not show after {absent_s / 60:.0f} minutes\n"
+                "  do: down, which checks that nothing is left, then up"
+            )
         line = f"{options.name}: {cloud.state} {cloud.why}".rstrip()
         if line != said:
             print(said := line, flush=True)
         execute.sleep(options.poll_s)
+        absent_s = absent_s + options.poll_s if cloud.state == "absent" else 0.0
         cloud = steps.look(desk)
     print(f"{options.name}: {cloud.state}, {desk.place.count} workers")
     return 0
@@ -171,7 +113,8 @@ def launch(desk: Desk, options: Any, argv: Sequence[str]) -> int:
         raise ValueError(f"--port must be from 0 to 65535, got {options.port}")
     if options.dry_run:
         cloud = steps.stand_in(desk.place)
-        return show([steps.launch_commands(desk, cloud, job, options.port or steps.PORT)])
+        starts = steps.launch_commands(desk, cloud, job, options.port or steps.PORT)
+        return show([steps.status_commands(desk, cloud), starts])
     steps.launch(desk, steps.active(desk), job, options.port)
     (desk.folder / "watch.json").unlink(missing_ok=True)  # a job by hand starts a new count
     print(f"run {job.run}, attempt {job.attempt}: started on {desk.place.count} workers")
@@ -269,9 +212,8 @@ def stop(desk: Desk, options: Any) -> int:
 
 
 def watch(desk: Desk, options: Any) -> int:
-    for name in ("max_hours", "poll_s"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"--{name} must be above 0, got {getattr(options, name)}")
+    if not options.max_hours > 0:
+        raise ValueError(f"--max_hours must be above 0, got {options.max_hours}")
     if options.dry_run:
         cloud = steps.stand_in(desk.place)
         return show([desk.backend.look(), steps.status_commands(desk, cloud)])
@@ -307,25 +249,6 @@ def complain(found: Sequence[str]) -> None:
         print(f"error: NOT given back: {line}", file=sys.stderr)
 
 
-def place_for_up(options: Any, state: pathlib.Path) -> Place:
-    """Read the place from options; one that exists with other settings is refused."""
-    names = [field.name for field in dataclasses.fields(Place)]
-    asked = Place(**{name: getattr(options, name) for name in names})
-    if not (state / asked.name / "place.json").exists():
-        check(asked)
-        return asked
-    known = steps.read_place(state, asked.name)
-    if asked == Place(asked.name) or asked == known:
-        return known
-    check(asked)
-    desk = Desk(known, state / asked.name)
-    if not options.dry_run and steps.look(desk).state != "absent":
-        there = vars(known).items()
-        settings = " ".join(f"--{name}={value}" for name, value in there if value)
-        raise ValueError(f"this name is up with other settings, down first: {settings}")
-    return asked
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; 2 where it cannot be done, with one line that says why.
 
@@ -340,30 +263,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print((__doc__ or "").strip())
         return 0
-    if verb not in OPTIONS:
-        known = ", ".join(OPTIONS)
+    if verb not in NAMES:
+        known = ", ".join(NAMES)
         print(f"error: the verb must be one of {known}, got {verb!r}; --help", file=sys.stderr)
         return 2
     words = ["--follow" if word == "-f" and verb == "logs" else word for word in words[1:]]
-    doc = f"python -m tpu.run {verb}: see python -m tpu.run --help"
-    _, options = parse_both(Nothing, OPTIONS[verb], {"default": {}}, doc, words)
     try:
-        check_name(options.name)
-        if command and verb != "launch":
-            raise ValueError(f"{verb} takes no command after --")
-        state = pathlib.Path(options.state)
-        known = place_for_up(options, state) if verb == "up" else None
-        place = known or steps.read_place(state, options.name)
-        desk = Desk(place, state / options.name)
-        if verb == "launch":
-            return launch(desk, options, command)
-        return VERBS[verb](desk, options)
+        return _do(verb, words, command)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        advice = "\n  do: name a folder that can be written, --state=FOLDER"
+        print(f"error: {error}{advice if error.filename else ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; nothing was given back", file=sys.stderr)
         return 130
+
+
+def _do(verb: str, words: Sequence[str], command: Sequence[str]) -> int:
+    from tpu import options as known  # here: it imports JAX, and Ctrl-C meanwhile is no traceback
+
+    machines, words = known.divide(verb, words)
+    options = known.parse(verb, words)
+    check_name(options.name)
+    if command and verb != "launch":
+        raise ValueError(f"{verb} takes no command after --")
+    if verb in ("up", "watch"):
+        known.check_poll(options.poll_s)
+    state = pathlib.Path(options.state)
+    if verb == "up":
+        place = known.place_for_up(options, state)
+    elif machines:
+        place = known.place_for_up(known.parse("up", [*machines, "--dry-run"]), state)
+    else:
+        place = steps.read_place(state, options.name)
+    desk = Desk(place, state / options.name)
+    with contextlib.ExitStack() as stack:
+        if verb in ONE_AT_A_TIME and not options.dry_run:
+            stack.enter_context(drive.alone(desk, "work"))
+        if verb == "launch":
+            return launch(desk, options, command)
+        return VERBS[verb](desk, options)
 
 
 VERBS = {

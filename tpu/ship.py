@@ -32,19 +32,20 @@ class Revision:
         return f"{self.revision[:12]}{changed}, {self.files} files"
 
 
-def pack(tree: pathlib.Path, archive: pathlib.Path) -> Revision:
+def pack(tree: pathlib.Path, archive: pathlib.Path, state: pathlib.Path) -> Revision:
     """Write an archive of a working tree, REVISION.json in it.
 
     Files are what git tracks, as they are now, and what it would track with the next commit; what
-    it ignores stays here.
+    it ignores stays here, and so does what it does not know below the folder of tpu.run itself.
 
     Args:
       tree: the top of a git working tree.
       archive: where to write, a .tar.gz.
+      state: the folder in which tpu.run keeps what it knows, and archives.
     Returns: what was packed.
-    Raises: ValueError where there is no git or no commit.
+    Raises: ValueError where there is no git or no commit, or where `state` is the tree.
     Example:
-      >>> pack(pathlib.Path("/"), pathlib.Path("unused"))
+      >>> pack(pathlib.Path("/"), pathlib.Path("unused"), pathlib.Path("runs"))
       Traceback (most recent call last):
         ...
       ValueError: ...
@@ -53,19 +54,25 @@ def pack(tree: pathlib.Path, archive: pathlib.Path) -> Revision:
     if top.resolve() != tree.resolve():
         raise ValueError(f"{tree} is not the top of its git working tree; start from {top}")
     revision = _git(tree, "rev-parse", "HEAD").decode().strip()
-    names = _names(tree, "--cached", "--others")
+    own, there = state.resolve(), tree.resolve()
+    if own == there:
+        raise ValueError(f"--state={state} is the tree that is shipped; name another folder")
+    inside = f"{own.relative_to(there).as_posix()}/" if own.is_relative_to(there) else ""
+    unknown = _names(tree, "--others")
+    unknown = [name for name in unknown if not inside or not name.startswith(inside)]
+    names = sorted({*_names(tree, "--cached"), *unknown})
     digest = hashlib.sha256(changes := _git(tree, "diff", "HEAD", "--binary"))
-    there = [name for name in names if (tree / name).is_symlink() or (tree / name).is_file()]
-    new = [name for name in _names(tree, "--others") if name in set(there)]
+    found = [name for name in names if (tree / name).is_symlink() or (tree / name).is_file()]
+    new = [name for name in unknown if name in set(found)]
     for name in new:
         digest.update(os.fsencode(name) + b"\0" + hashlib.sha256(_bytes(tree / name)).digest())
-    left_out = tuple(name for name in set(names) - set(there) if (tree / name).is_dir())
-    made = Revision(revision, digest.hexdigest() if changes or new else "", len(there), left_out)
+    left_out = tuple(name for name in set(names) - set(found) if (tree / name).is_dir())
+    made = Revision(revision, digest.hexdigest() if changes or new else "", len(found), left_out)
     text = json.dumps(dataclasses.asdict(made)).encode()
     archive.parent.mkdir(parents=True, exist_ok=True)
     unfinished = archive.with_name(archive.name + ".new")
     with tarfile.open(unfinished, "w:gz") as tar:
-        for name in there:
+        for name in found:
             tar.add(tree / name, arcname=name, recursive=False)
         entry = tarfile.TarInfo("REVISION.json")
         entry.size = len(text)

@@ -71,12 +71,22 @@ def read_place(state: pathlib.Path, name: str) -> Place:
 
 
 def read_job(desk: Desk) -> Job | None:
-    """Read what `launch` kept, if anything was launched."""
+    """Read what `launch` kept, if anything was launched.
+
+    Raises: ValueError naming the file that cannot be read.
+    """
     path = desk.folder / "job.json"
-    if not path.exists():
+    try:
+        said = json.loads(path.read_text())
+        job = Job(said["run"], tuple(said["argv"]), said["attempt"])
+        if [type(part) for part in (job.run, job.attempt, *job.argv[:1])] != [str, int, str]:
+            raise TypeError("run, argv or attempt is of another type")
+        return job
+    except FileNotFoundError:
         return None
-    said = json.loads(path.read_text())
-    return Job(said["run"], tuple(said["argv"]), said["attempt"])
+    except (ValueError, TypeError, KeyError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read ({why}); remove it and launch again") from None
 
 
 def stand_in(place: Place) -> Cloud:
@@ -171,6 +181,15 @@ def ask(desk: Desk, commands: Sequence[Command], state: str, timeout_s: float) -
     Raises: Failed naming each worker that did not, and why.
     """
     replies = desk.run(commands, timeout_s)
+    check_answers(desk, replies, state)
+    return replies
+
+
+def check_answers(desk: Desk, replies: Sequence[Reply], state: str) -> None:
+    """Refuse replies in which a worker does not answer with a state.
+
+    Raises: Failed naming each worker that did not, and why.
+    """
     said = workers.answers(replies)
     whys = workers.complaints(desk.place.count, replies)
     missing = [i for i in range(desk.place.count) if said.get(i, {}).get("state") != state]
@@ -183,7 +202,6 @@ def ask(desk: Desk, commands: Sequence[Command], state: str, timeout_s: float) -
         explained = execute.explain(failed) if failed else ""
         advice = explained.partition("\n")[2]
         raise Failed("\n".join([*lines, *([advice] if advice else [])]))
-    return replies
 
 
 def create(desk: Desk) -> None:
@@ -201,7 +219,7 @@ def create(desk: Desk) -> None:
 def pack(desk: Desk, tree: pathlib.Path) -> ship.Revision:
     """Pack a working tree and the worker's script; a machine made anew later gets the same."""
     archive, script = map(pathlib.Path, desk.outgoing)
-    revision = ship.pack(tree, archive)
+    revision = ship.pack(tree, archive, desk.folder.parent)
     shutil.copyfile(SCRIPT, script)
     for name in revision.left_out:
         desk.tell(f"note: {name} is a submodule and was not shipped")
@@ -252,16 +270,31 @@ def setup(desk: Desk, cloud: Cloud) -> dict[str, str]:
 def launch(desk: Desk, cloud: Cloud, job: Job, port: int = 0) -> None:
     """Start a job on every worker; where one does not start, none stays.
 
-    Raises: Failed naming the worker that did not start.
+    The job is remembered only where it started; before that, it is the one before.
+
+    Raises: Failed naming the worker that did not start, or on which a job runs already.
     """
     if not port:
         port = local.free_port() if desk.place.backend == "local" else PORT
-    write(desk, "job", job)
+    for row in rows(desk, cloud):
+        if row.state in ("running", "orphaned"):
+            advice = "stop it first: python -m tpu.run stop"
+            raise Failed(f"worker {row.worker}: a job runs here\n  do: {advice}")
+        if row.state == "unreachable":
+            raise Failed(f"worker {row.worker}: {row.why}\n  do: python -m tpu.run status")
+    before, replies = read_job(desk), list[Reply]()
+    write(desk, "job", job)  # first: what runs must be known, also if this process ends now
     try:
-        ask(desk, launch_commands(desk, cloud, job, port), "launched", SHORT_S)
+        replies = desk.run(launch_commands(desk, cloud, job, port), SHORT_S)
+        check_answers(desk, replies, "launched")
     except Failed as error:
-        if "a job runs here" not in str(error):
+        started = any(said.get("state") == "launched" for said in workers.answers(replies).values())
+        if started or "a job runs here" not in str(error):  # or all that runs is somebody else's
             stop(desk, cloud, grace_s=5, kill=True)
+        if before is None:
+            (desk.folder / "job.json").unlink()
+        else:
+            write(desk, "job", before)
         raise
 
 
@@ -289,9 +322,14 @@ def delete(desk: Desk) -> list[str]:
     """
     if desk.place.backend == "local" and look(desk).state != "absent":
         after = stop(desk, stand_in(desk.place), grace_s=5, kill=True)
-        alive = [row for row in after if row.state in ("running", "orphaned")]
-        if alive:
-            raise Failed(f"process {alive[0].pid} of worker {alive[0].worker} does not end")
+        for row in after:
+            if row.state in ("running", "orphaned"):
+                raise Failed(f"process {row.pid} of worker {row.worker} does not end")
+            if row.state == "unreachable":
+                raise Failed(
+                    f"worker {row.worker} does not say whether its job ended: {row.why}\n"
+                    f"  do: end its processes, then remove {desk.folder / 'workers'}"
+                )
     wrong = []
     for command in desk.backend.delete():  # one that is not there must not keep the next one
         (reply,) = desk.run([command], LONG_S)

@@ -206,8 +206,8 @@ def check_job(place: Place, job: Job) -> None:
         if place.count > 1 or place.capacity == "spot":
             raise ValueError(
                 f"--out={value!r} is below a folder that each worker has for itself; name one "
-                "that all share and that outlives them: gs://BUCKET/..., or with --backend=local "
-                "a path from /"
+                "that all share and that outlives them by its path from /: a mounted bucket or a "
+                "network disk"
             )
 
 

@@ -45,12 +45,14 @@ class Seen:
       why: a line that names the worker and its exit code.
       survivors: workers whose part still runs, or may.
       asked: somebody stopped it with `tpu.run stop`.
+      quick: it stopped and saved within a minute of its start.
     """
 
     state: str
     why: str = ""
     survivors: int = 0
     asked: bool = False
+    quick: bool = False
 
     @property
     def ended(self) -> bool:
@@ -66,6 +68,7 @@ class Budget:
       hours, max_hours: since watching began; above the most, the job saves and all is torn down.
       retries, max_retries: starts after infrastructure failures on these machines.
       replaced, max_replaced: machines given back because they, or their request, failed.
+      quick_stops, max_quick_stops: starts in a row after the job had stopped within a minute.
       silent_minutes, max_silent_minutes: how long a worker has not answered.
       request_minutes, max_request_minutes: how long a request that was sent does not show.
       idle_minutes, idle_teardown: minutes since the job ended, and after how many the machines are
@@ -78,6 +81,8 @@ class Budget:
     max_retries: int = 3
     replaced: int = 0
     max_replaced: int = 2
+    quick_stops: int = 0
+    max_quick_stops: int = 3
     silent_minutes: float = 0.0
     max_silent_minutes: float = 10.0
     request_minutes: float = 0.0
@@ -122,7 +127,7 @@ def next_action(cloud: Cloud, job: Seen, budget: Budget) -> Action:
     """
     if budget.hours >= budget.max_hours:
         return _over(cloud, job, budget)
-    if reason := _ended(job):
+    if reason := ending(job, budget):
         return _idle(cloud, job, budget, reason)
     if cloud.state == "absent":
         if cloud.requested and budget.request_minutes >= budget.max_request_minutes:
@@ -168,14 +173,24 @@ def _replace(budget: Budget, why: str) -> Action:
     return Action("teardown", f"{why}, and {budget.replaced} replacements did not help")
 
 
-def _ended(job: Seen) -> str:
-    """Name why the job does not go on, if it does not."""
+def ending(job: Seen, budget: Budget) -> str:
+    """Name why the job does not go on, if it does not.
+
+    Example:
+      >>> ending(Seen("stopped", "all saved and stopped", quick=True), Budget(quick_stops=3))
+      'all saved and stopped within a minute of the start, 4 times in a row: it gets nowhere'
+      >>> ending(Seen("stopped"), Budget(quick_stops=3))
+      ''
+    """
     if job.state == "done":
         return "the job is done"
     if job.state in ("user", "diverged"):
         return job.why or f"the job ended: {job.state}"
     if job.asked and job.ended:
         return "it was stopped by hand"
+    if job.state == "stopped" and job.quick and budget.quick_stops >= budget.max_quick_stops:
+        times = f"{budget.quick_stops + 1} times in a row"
+        return f"{job.why} within a minute of the start, {times}: it gets nowhere"
     return ""
 
 

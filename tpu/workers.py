@@ -15,6 +15,8 @@ CODES = {
     0: "done",
     1: "error",
     2: "wrong argument",
+    126: "the command cannot be executed",
+    127: "the command was not found",
     STOPPED: "stopped and saved",
     DIVERGED: "diverged",
     134: "aborted: a peer was gone, or a check of the runtime failed",
@@ -23,6 +25,7 @@ CODES = {
     TERMINATED: "terminated before it could save",
 }
 UNSYNCED = "worker.sh: No such file"  # what bash says where nothing was copied yet
+QUICK_S = 60  # who stops sooner after a start has hardly made progress
 SILENT_S = 30  # a supervisor writes every 2 s
 
 
@@ -33,7 +36,8 @@ class Row:
     Attributes:
       state: "none", "running", "ended", "orphaned" (its supervisor was killed), "lost" (killed with
         its supervisor, or the machine started anew), or "unreachable".
-      exit, ended: the job's exit code, and when, in seconds since 1970 by the worker's clock.
+      exit, ended, ran: the job's exit code; when, in seconds since 1970 by the worker's clock; and
+        how many seconds it ran.
       beat: seconds since the supervisor's last sign.
       asked: whether somebody stopped it by hand.
       ready: whether it was set up.
@@ -43,6 +47,7 @@ class Row:
     state: str = "unreachable"
     exit: int | None = None
     ended: int | None = None
+    ran: int | None = None
     beat: int | None = None
     pid: int | None = None
     attempt: int | None = None
@@ -121,7 +126,7 @@ def judge(rows: Sequence[Row]) -> Seen:
 
     Example:
       >>> judge([Row(0, "running"), Row(1, "ended", exit=137, ended=5)])
-      Seen(state='infrastructure', why='worker 1 ended with 137 (killed)', survivors=1, asked=False)
+      Seen(state='infrastructure', why='worker 1 ended with 137 (killed)', survivors=1, ...)
     """
     asked = any(row.asked for row in rows)
     alive = sum(row.state in ("running", "orphaned") for row in rows)
@@ -147,9 +152,15 @@ def judge(rows: Sequence[Row]) -> Seen:
         late = [row for row in rows if row.state == "running" and (row.beat or 0) > SILENT_S]
         note = f", no sign of {_names(late)} for {late[0].beat} s" if late else ""
         return Seen("running", f"{alive} of {len(rows)} run{note}", alive, asked)
-    stopped = any(row.exit == STOPPED for row in rows)
-    why = "all saved and stopped" if stopped else "all ended with 0"
-    return Seen("stopped" if stopped else "done", why, 0, asked)
+    saved = [row for row in rows if row.exit == STOPPED]
+    others = [row for row in rows if row.exit != STOPPED]
+    if not saved:
+        return Seen("done", "all ended with 0", 0, asked)
+    why = "all saved and stopped"
+    if others:
+        why = f"{_names(saved)} saved and stopped, {_names(others)} ended with 0"
+    quick = all(row.ran is not None and row.ran < QUICK_S for row in saved)
+    return Seen("stopped", why, 0, asked, quick)
 
 
 def code(number: int | None) -> str:
