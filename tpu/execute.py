@@ -174,10 +174,10 @@ def stream(commands: Sequence[Command], write: Callable[[str], None]) -> int:
             readers.append(threading.Thread(target=read, args=(child,), daemon=True))
             readers[-1].start()
         for reader in readers:
-            while reader.is_alive():
+            while reader.is_alive() and not unread.is_set():
                 reader.join(0.2)
-                if unread.is_set():
-                    raise BrokenPipeError
+        if unread.is_set():
+            raise BrokenPipeError
         for child in running:
             if child.wait():
                 said = Reply(child.returncode, "", words.get(child.pid, ""))
