@@ -57,7 +57,8 @@ def load(step: str) -> Callable[..., Any]:
     if not hasattr(found, name):
         beside = pathlib.Path(found.__file__ or "").parent.glob("*.py")
         there = sorted(p.stem for p in beside if f"\ndef {name}(" in p.read_text("utf-8"))
-        hint = f"; beside it these have one: {', '.join(there)}" if there else ""
+        named = name == "plan_step" and there  # what --experiment looks for
+        hint = f"; beside it these have one: {', '.join(there)}" if named else ""
         raise Wrong(f"--step={step}: {module} has no function {name}{hint}")
     return getattr(found, name)
 
