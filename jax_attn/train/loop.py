@@ -148,7 +148,8 @@ def fit(
         if run is not None:
             training.asked = stack.enter_context(stop_requests())
             with ledger("restore"):
-                stack.enter_context(run.opened())
+                asked = {"steps": steps, "eval_every": eval_every, "give_up_after": give_up_after}
+                stack.enter_context(run.opened(asked))
                 training.resume()
         start = training.made
         if start >= steps:
