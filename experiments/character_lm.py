@@ -239,52 +239,60 @@ def read_profile(text: str) -> tuple[int, int] | None:
     return (int(first), int(last)) if text else None
 
 
+def learn(
+    cfg: Config, options: Options, profile: tuple[int, int] | None
+) -> tuple[train.TrainState, train.History]:
+    """Train, from the start or from where the run had saved."""
+    mesh = read_mesh(options.mesh)
+    text = data.load_text(cfg.data or None, T=cfg.T)
+    key = jax.random.key(cfg.seed)
+    state = shard_init(partial(start, cfg), key, mesh)
+    run = train.Run(
+        options.out,
+        save_every=options.save_every,
+        save_minutes=options.save_minutes,
+        keep_last=options.keep_last,
+        best="eval/loss",
+        config={**dataclasses.asdict(cfg), "text": text.sha256},
+        allow_config_change=options.allow_config_change,
+    )
+    parameters = count(state.params)
+
+    def batch(step: int) -> Any:
+        def rows_of(rows: range) -> dict[str, np.ndarray]:
+            return cut(data.batch(text.train, cfg.seed, step, B=cfg.B, T=cfg.T, rows=rows))
+
+        return global_batch(rows_of, mesh, B=cfg.B)
+
+    return train.fit(
+        shard_step(make_step(cfg), mesh),
+        state,
+        batch,
+        steps=cfg.steps,
+        key=jax.random.fold_in(key, 1),
+        evaluate=held_out(cfg, text, mesh),
+        eval_every=cfg.eval_every,
+        log_every=options.log_every,
+        run=run,
+        sinks=[train.tensorboard(run.folder / "tensorboard")] if options.tensorboard else [],
+        title=f"{parameters:,} parameters",
+        tokens_per_step=cfg.B * cfg.T,
+        flops_per_step=flops(cfg, parameters),
+        peak_flops=1e12 * options.peak_tflops,
+        strict=options.strict,
+        stall_s=options.stall_s,
+        profile=profile,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     cfg, options = parse_both(Config, Options, PRESETS, __doc__ or "", argv)
     try:
         check(cfg, options)
         profile = read_profile(options.profile)
         bootstrap()
-        mesh = read_mesh(options.mesh)
-        text = data.load_text(cfg.data or None, T=cfg.T)
-        key = jax.random.key(cfg.seed)
-        state = shard_init(partial(start, cfg), key, mesh)
-        run = train.Run(
-            options.out,
-            save_every=options.save_every,
-            save_minutes=options.save_minutes,
-            keep_last=options.keep_last,
-            best="eval/loss",
-            config={**dataclasses.asdict(cfg), "text": text.sha256},
-            allow_config_change=options.allow_config_change,
-        )
-        parameters = count(state.params)
-
-        def batch(step: int) -> Any:
-            def rows_of(rows: range) -> dict[str, np.ndarray]:
-                return cut(data.batch(text.train, cfg.seed, step, B=cfg.B, T=cfg.T, rows=rows))
-
-            return global_batch(rows_of, mesh, B=cfg.B)
-
-        state, history = train.fit(
-            shard_step(make_step(cfg), mesh),
-            state,
-            batch,
-            steps=cfg.steps,
-            key=jax.random.fold_in(key, 1),
-            evaluate=held_out(cfg, text, mesh),
-            eval_every=cfg.eval_every,
-            log_every=options.log_every,
-            run=run,
-            sinks=[train.tensorboard(run.folder / "tensorboard")] if options.tensorboard else [],
-            title=f"{parameters:,} parameters",
-            tokens_per_step=cfg.B * cfg.T,
-            flops_per_step=flops(cfg, parameters),
-            peak_flops=1e12 * options.peak_tflops,
-            strict=options.strict,
-            stall_s=options.stall_s,
-            profile=profile,
-        )
+        with train.stop_requests():
+            state, history = learn(cfg, options, profile)
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         if isinstance(error, FloatingPointError):
             raise

@@ -1,7 +1,9 @@
 """Tests of experiments.character_lm: a whole training script, stopped and started again."""
 
 import json
+import os
 import pathlib
+import signal
 from typing import Any
 
 import pytest
@@ -57,6 +59,21 @@ def test_wrong_options_are_one_line(
     assert said.startswith("error: ")
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_a_stop_asked_for_before_the_loop_is_a_stop(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = character_lm.data.load_text
+
+    def asked_meanwhile(path: str | None, *, T: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(path, T=T)
+
+    monkeypatch.setattr(character_lm.data, "load_text", asked_meanwhile)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path)
+    assert stopped.value.code == 75
 
 
 @pytest.mark.long
