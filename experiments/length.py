@@ -51,7 +51,6 @@ from jax_attn import (
     init_language_model,
     init_mlp,
     language_model,
-    mlp,
     read_mesh,
     rope,
 )
@@ -63,7 +62,6 @@ SLIDES = 4  # steps in which a window is slid by its length
 MARGIN = 0.01  # nats that count
 THETA = 10_000.0  # the base of RoPE's frequencies
 # On a CPU the backward pass of an exact GELU takes as long as the rest of this model.
-FEED = partial(mlp, activation="relu")
 MODEL = Character(D=64)
 SHORT, COLORS = "#57606a", ("#1b1f24", "#E69F00", "#0072B2")
 
@@ -175,7 +173,7 @@ def init(model: Character, learned: bool, key: jax.Array) -> Any:
 def nats(knows: Positions, params: Any, windows: jax.Array) -> jax.Array:
     """Measure the cross entropy of every byte of windows [B,T+1] but the first, [B,T]."""
     attend = partial(attention, mask=causal(), rope=knows.rope, score=alibi(knows.slopes_N))
-    logits_BTV, _ = language_model(params, windows[:, :-1], attend=attend, feed=FEED)
+    logits_BTV, _ = language_model(params, windows[:, :-1], attend=attend, feed=_character.feed)
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, windows[:, 1:])
 
 

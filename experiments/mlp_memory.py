@@ -38,12 +38,10 @@ from experiments._character import Character
 from experiments._findings import Answer, Figure, Verdict, gate, run, script
 from experiments._memory_figures import layers_figure, units_figure
 from experiments._report import save
-from jax_attn import data, language_model, mlp, norm, read_mesh
+from jax_attn import data, language_model, norm, read_mesh
 from jax_attn.command_line import check_positive
-from jax_attn.mlp import activate
 from jax_attn.report import training_progress
 
-ACTIVATION = "gelu"  # what the character model's MLP does
 BEFORE = 8  # nearer to the start of a window a unit sees little but that one begins
 LAST = (1, 2, 3)  # how many last bytes triggers are compared by
 SHOWN = 3  # units of a layer in the picture, and triggers of each
@@ -125,9 +123,9 @@ def windows_of(cfg: Config, text: data.Text) -> tuple[np.ndarray, np.ndarray]:
 
 def watched(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Run an MLP, and say of its units where in each window they are largest."""
-    hidden_BTF = activate(ACTIVATION, jnp.einsum("BTD,DF->BTF", x_BTD, params["w_in_DF"]))
+    hidden_BTF = jax.nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, params["w_in_DF"]))
     late_BTF = hidden_BTF[:, BEFORE:]
-    return mlp(params, x_BTD, activation=ACTIVATION), {
+    return _character.feed(params, x_BTD), {
         "value_BF": late_BTF.max(1),
         "position_BF": BEFORE + late_BTF.argmax(1),
         "largest_BT": late_BTF.argmax(2),

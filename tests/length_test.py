@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import length
+from experiments import _character, length
 from experiments._character import Character
 from jax_attn import (
     alibi,
@@ -65,7 +65,7 @@ def windows() -> np.ndarray:
 
 def plainly(attend: Any, params: dict, windows: np.ndarray) -> np.ndarray:
     """The cross entropy of all bytes of [B,T+1] but the first, by the library's own formula."""
-    run = jax.jit(partial(language_model, attend=attend, feed=length.FEED))
+    run = jax.jit(partial(language_model, attend=attend, feed=_character.feed))
     logits_BTV, _ = run(params, jnp.asarray(windows[:, :-1]))
     log_p = np.asarray(jax.nn.log_softmax(logits_BTV))
     return -np.take_along_axis(log_p, windows[:, 1:, None], axis=2)[..., 0]

@@ -13,7 +13,6 @@ import pytest
 from experiments import _character, mlp_memory
 from experiments._character import Character
 from jax_attn import data, language_model, make_mesh, train
-from jax_attn.mlp import activate
 
 SMALL = mlp_memory.Config(
     model=Character(D=8, N=2, L=2, T=13, B=2, steps=2), eval_windows=3, windows=35, top=5, seeds=2
@@ -68,7 +67,7 @@ def hidden(params: dict, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, j
     """All units at all places, [L,B,T,F], what is predicted there, and the loss."""
 
     def feed(part: dict, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        units = activate(mlp_memory.ACTIVATION, x_BTD @ part["w_in_DF"])
+        units = jax.nn.relu(x_BTD @ part["w_in_DF"])
         return units @ part["w_out_FD"], {"units": units}
 
     attend = _character.attend(SMALL.model)
