@@ -129,6 +129,7 @@ def test_wrong_arguments_are_one_line(
         (["launch", "--run=a/b", "--", "x"], "--run must be"),
         (["launch", "--port=-1", "--", "x"], "--port must be from 0"),
         (["launch", "--", "python", "--out=runs/x"], "each worker has for itself"),
+        (["launch", "--", "python", "--out=runs/x"], "by its path from /: a mounted bucket or"),
         (["launch", "--", "x"], "the machines are absent\n  do: run: python -m tpu.run up"),
         (["sync"], "the machines are absent"),
         (["logs", "--lines=-1"], "--lines must be at least 0"),

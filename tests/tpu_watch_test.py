@@ -183,6 +183,7 @@ ENDED = [
     ([(139, 5), (75, 4)], "infrastructure", "worker 0"),
     ([(76, 5), (76, 5)], "diverged", "worker 0"),
     ([(2, 5), (2, 5)], "user", "worker 0"),
+    ([(127, 5), (0, 5)], "user", "worker 0 ended with 127 (the command was not found)"),
     ([(TERMINATED, 5), (137, 5)], "infrastructure", "worker 1"),
     ([(TERMINATED, 5), (1, 5)], "user", "worker 1"),
     ([(TERMINATED, 5), (134, 8)], "infrastructure", "worker 0"),
