@@ -306,6 +306,7 @@ def test_wrong_argument_is_named(entry: Entry) -> None:
 # No argument to get wrong, or no claim about one: types, a count, letters of any text.
 UNCHECKED = {"Explanation", "Mask", "Rope", "Routing", "Sizes", "intervene.Edit"}
 UNCHECKED |= {"axes", "causal", "count", "strict", "Processes"}
+UNCHECKED |= {"train.keep_memory", "train.stop_requests"}
 # tests/bad_input_sharding_test.py has theirs, raised by what they return or under a mesh.
 UNCHECKED |= {"shard_step", "whole_width"}
 # tests/train_guard_test.py, checkpoint_test.py and train_watch_test.py have theirs, and loops too.
