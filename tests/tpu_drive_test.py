@@ -12,7 +12,7 @@ from tpu import drive, execute, options, run, steps
 from tpu.execute import Failed
 from tpu.steps import Desk
 from tpu.verbs import Command, Job, Place, Reply
-from tpu.watch import Budget, Cloud
+from tpu.watch import Action, Budget, Cloud, Seen
 
 RUNNING = {"state": "running", "attempt": 1, "ready": True}
 BUSY = "worker {}: a job runs here (process 7); stop it first: python -m tpu.run stop"
@@ -131,6 +131,15 @@ def test_logs_are_kept_before_machines_go(tmp_path: pathlib.Path) -> None:
     folder = workers.desk.folder / "logs" / "old-3"
     assert workers.told[-1] == f"the logs are in {folder}"
     assert (folder / "worker-1.log").read_text() == "a line\nanother\n"
+
+
+def test_logs_are_kept_before_machines_are_replaced(tmp_path: pathlib.Path) -> None:
+    workers = Workers(tmp_path / "demo")
+    steps.write(workers.desk, "job", OLD)
+    seen, memory = steps.look(workers.desk), drive.Memory(0.0)
+    drive.act(workers.desk, Action("delete", "broken"), memory, seen, Seen("infrastructure"))
+    assert workers.asked.index("logs") < workers.asked.index("rm")
+    assert (workers.desk.folder / "logs" / "old-3" / "worker-0.log").exists()
 
 
 def test_logs_that_cannot_be_kept_do_not_keep_the_machines(tmp_path: pathlib.Path) -> None:
