@@ -254,9 +254,12 @@ def test_a_stop_asked_for_in_an_evaluation_makes_no_step_after_it(
 def test_a_stop_that_comes_with_a_rollback_is_obeyed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    back: list[int] = []
+
     def harmed(self: Training, row: Any) -> bool:
-        if row["step"] != 2:
+        if row["step"] != 2 or back:
             return False
+        back.append(1)
         self.made, self.state = 1, fake_state(1)
         self.waiting.clear()
         return True
