@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from tests.fake_gcloud import ACTIVE, FOLDER, NOT_FOUND, Gcloud, node, queue
-from tpu import drive, execute, run, steps
+from tpu import cloud, drive, execute, run, steps
 from tpu.compute import Managed
 from tpu.steps import Desk
+from tpu.topology import find
 from tpu.verbs import Job, Place, Reply
 from tpu.watch import Budget, Cloud
 
@@ -336,3 +337,8 @@ def test_a_group_of_compute_engine() -> None:
     assert group.left([Reply(0, "[]"), machines]) == ["machine demo-x1y2"]
     with pytest.raises(ValueError, match="no network"):
         group.left([Reply(1, "", "ERROR: no network"), Reply(0, "[]")])
+
+
+def test_a_slice_whose_number_means_another_is_asked_for_by_its_shape():
+    assert cloud.shape_asked(find("v4:4x4x16")) == ("--type=v4", "--topology=4x4x16")
+    assert cloud.shape_asked(find("v4-512")) == ("--accelerator-type=v4-512",)

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from tpu.topology import Slice
 from tpu.verbs import Command, Place, Reply, numbered
 from tpu.watch import Cloud
 
@@ -70,7 +71,7 @@ class Queued:
             "create",
             place.name,
             *((f"--node-id={place.name}",) if slices == 1 else several),
-            f"--accelerator-type={place.slice.accelerator_type}",
+            *shape_asked(place.slice),
             f"--runtime-version={place.slice.generation.runtime}",
             *kind,
             "--quiet",
@@ -159,6 +160,13 @@ class Queued:
         requests, machines = (listed(reply) for reply in replies)
         left = [f"queued resource {name}" for name in requests if name == self.place.name]
         return left + [f"TPU VM {name}" for name in machines if name in self.nodes]
+
+
+def shape_asked(slice_: Slice) -> tuple[str, ...]:
+    """Say what to ask for: a number of chips, or their shape where the number means another."""
+    if ":" in slice_.name:
+        return f"--type={slice_.generation.prefix}", f"--topology={slice_.topology}"
+    return (f"--accelerator-type={slice_.accelerator_type}",)
 
 
 def read_json(text: str) -> Any:
