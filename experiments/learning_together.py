@@ -97,17 +97,6 @@ def draw(model: Character, key: jax.Array) -> Any:
     return apart(_character.init(model, key))
 
 
-def of_seed(seeds: int, found: Any, key: jax.Array) -> Any:
-    """Find what one seed has learned, by the key that `learn` draws its parameters with.
-
-    Not a number where no seed has that key.
-    """
-    known_S = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(seeds))
-    same_S = (jax.random.key_data(known_S) == jax.random.key_data(key)[None]).all(axis=1)
-    seed = jnp.argmax(same_S)
-    return jax.tree.map(lambda leaf: jnp.where(same_S.any(), leaf[seed], jnp.nan), found)
-
-
 def heldout(cfg: Config, chunks: jax.Array, params: Any) -> jax.Array:
     """Measure the loss of windows [chunks,B,T+1], in nats."""
     loss = partial(_character.loss, cfg.model, together(params))
@@ -251,8 +240,7 @@ def trained(
         title=", ".join(FROZEN),
     )
 
-    def swapped(key: jax.Array) -> Any:
-        found = of_seed(cfg.seeds, whole.params, key)
+    def swapped(key: jax.Array, found: Any) -> Any:
         other = draw(model, jax.random.fold_in(key, 1))
         kept = [replaced(part, found, other) for part in ("mlp", "attention")]
         return stacked([draw(model, key), replaced("attention", kept[0], other), *kept])
@@ -268,6 +256,7 @@ def trained(
         every=max(cfg.again // 16, 1),
         measure=jax.vmap(partial(brief, cfg, chunks)),
         title=", ".join(AGAIN),
+        given=whole.params,
     )
     curves = {"none frozen": Curve(steps_of(whole.rows), collected(whole.rows, "heldout"))}
     for names, found in ((FROZEN, parted), (AGAIN, again)):

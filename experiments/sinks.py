@@ -37,9 +37,9 @@ import numpy as np
 import optax
 
 from experiments import _character, _sinks_figure
-from experiments._cases import Case, learn_cases
 from experiments._character import Character
 from experiments._findings import Answer, Figure, Verdict, gate, run, script
+from experiments._learn import Case, learn_cases
 from experiments._report import save
 from jax_attn import (
     Rope,
@@ -145,7 +145,7 @@ def begun(case: Case, windows: jax.Array) -> jax.Array:
     return windows.at[:, 0].set(jnp.where(case["fixed"], FIRST, windows[:, 0]))
 
 
-def loss_of(cfg: Config, case: Case, params: Any, windows: jax.Array) -> Any:
+def loss_of(cfg: Config, case: Case, params: Any, windows: jax.Array, key: jax.Array) -> Any:
     """Measure the loss; a sink that is not learned gets no gradient."""
     layers = params["layers"]
     if "sinks_N" in layers["attention"]:

@@ -37,10 +37,10 @@ import numpy as np
 import optax
 
 from experiments import _character, _stability_figures
-from experiments._cases import Case, learn_cases
 from experiments._character import Character
 from experiments._entropy_bound import compare_with_bound
 from experiments._findings import Answer, Figure, Verdict, gate, run, script
+from experiments._learn import Case, learn_cases
 from experiments._report import save
 from jax_attn import control, data, head_summary, language_model, read_mesh, train
 from jax_attn.command_line import check_positive
@@ -150,7 +150,9 @@ def optimizer(cfg: Config, case: Case) -> optax.GradientTransformation:
     return optax.chain(_character.optimizer(cfg.model), optax.scale(case["times"]))
 
 
-def loss_of(cfg: Config, floored: bool, case: Case, params: Any, windows: jax.Array) -> Any:
+def loss_of(
+    cfg: Config, floored: bool, case: Case, params: Any, windows: jax.Array, key: jax.Array
+) -> Any:
     """Measure the loss, if floored with the penalty, and the largest logit of each head."""
     observe = ("max_logit", "entropy") if floored else ("max_logit",)
     loss, seen = seen_by(cfg, observe, params, windows)

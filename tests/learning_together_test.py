@@ -15,10 +15,12 @@ import pytest
 from experiments import _character, learning_together
 from experiments._character import Character
 from experiments._gradient_routes import compared, routes
+from experiments._learn import learn
 from experiments._seed_curves import early, half_way, path
 from experiments._side_by_side import apart, beside, keys, replaced, together
-from experiments.learning_together import AGAIN, FROZEN, of_seed, verdicts
+from experiments.learning_together import AGAIN, FROZEN, verdicts
 from jax_attn import language_model, make_mesh, train
+from jax_attn.report import training_progress
 from tests.formulas import draw
 
 MODEL = Character(D=8, N=2, L=3, T=7, B=2)
@@ -169,12 +171,31 @@ def test_models_side_by_side_are_trained_as_each_alone() -> None:
             assert (np.asarray(leaf) == 0).all() == still
 
 
-def test_a_seed_is_found_by_its_key() -> None:
-    found = {"w_D": jnp.arange(3.0)[:, None]}
+def test_a_seed_begins_with_what_it_is_given() -> None:
+    def begun(key: jax.Array, given: Any) -> Any:
+        return {"w_D": given["w_D"], "drawn_D": jax.random.normal(key, (2,))}
+
+    with training_progress() as progress:
+        found = learn(
+            begun,
+            lambda params, rows, key: (params["w_D"].sum(), {}),
+            optax.sgd(0.5),
+            lambda key: jnp.zeros(()),
+            seeds=3,
+            steps=1,
+            every=1,
+            measure=dict,
+            mesh=make_mesh(devices=jax.devices()[:1]),
+            progress=progress,
+            title="given",
+            given={"w_D": jnp.arange(3.0)[:, None]},
+        )
+    first, last = found.rows
+    assert first["w_D"].tolist() == [[0.0], [1.0], [2.0]]
+    assert last["w_D"].tolist() == [[-0.5], [0.5], [1.5]]
     for seed in range(3):
         key = jax.random.fold_in(jax.random.key(0), seed)
-        assert of_seed(3, found, key)["w_D"].tolist() == [seed]
-    assert np.isnan(of_seed(3, found, jax.random.key(9))["w_D"]).all(), "and no other's instead"
+        np.testing.assert_array_equal(first["drawn_D"][seed], jax.random.normal(key, (2,)))
 
 
 def test_half_way_is_found_between_measurements() -> None:

@@ -138,7 +138,9 @@ def test_a_sink_that_is_not_learned_has_logit_0_and_no_gradient(params: Any) -> 
     @jax.jit
     def gradient(learned: jax.Array, params: Any) -> Any:
         case = {"fixed": jnp.bool_(False), "learned": learned}
-        fn = jax.value_and_grad(lambda p: sinks.loss_of(SMALL, case, p, windows_BT)[0])
+        fn = jax.value_and_grad(
+            lambda p: sinks.loss_of(SMALL, case, p, windows_BT, jax.random.key(2))[0]
+        )
         loss, made = fn(params)
         return loss, made["layers"]["attention"]["sinks_N"]
 

@@ -13,7 +13,6 @@ import optax
 import pytest
 
 from experiments import _character, stability
-from experiments._cases import learn_cases
 from experiments._entropy_bound import (
     LENGTHS,
     SIGMAS,
@@ -22,6 +21,7 @@ from experiments._entropy_bound import (
     least_entropy,
     random_rows,
 )
+from experiments._learn import learn_cases
 from jax_attn import control, make_mesh
 from jax_attn.report import training_progress
 
@@ -174,8 +174,12 @@ def test_after_a_clip_the_largest_logit_is_tau(params: Any) -> None:
 def test_the_floor_is_a_penalty_on_rows_that_can_reach_it(params: Any) -> None:
     @jax.jit
     def both(params: Any) -> Any:
-        plain, _ = stability.loss_of(SMALL, False, {"weight": 0.7}, params, WINDOWS_BT)
-        floored = stability.loss_of(SMALL, True, {"weight": 0.7}, params, WINDOWS_BT)
+        plain, _ = stability.loss_of(
+            SMALL, False, {"weight": 0.7}, params, WINDOWS_BT, jax.random.key(2)
+        )
+        floored = stability.loss_of(
+            SMALL, True, {"weight": 0.7}, params, WINDOWS_BT, jax.random.key(2)
+        )
         _, seen = stability.seen_by(SMALL, ("entropy", "max_logit"), params, WINDOWS_BT)
         return plain, floored, seen
 
@@ -190,7 +194,7 @@ def test_the_floor_is_a_penalty_on_rows_that_can_reach_it(params: Any) -> None:
 # Many cases at once.
 
 
-def quadratic(case: Any, params: Any, rows_BD: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+def quadratic(case: Any, params: Any, rows_BD: jax.Array, key: jax.Array) -> Any:
     """Overflows in the case whose curvature is too large."""
     loss = case["curvature"] * jnp.square(params["w_D"] - rows_BD.mean(0)).sum()
     return loss, {"w_D": params["w_D"]}
