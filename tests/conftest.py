@@ -6,6 +6,10 @@ has LLVM optimise them little: half the time. `make test-long` compiles as users
 
 import os
 import pathlib
+import signal
+
+# A shell that runs this in the background has Ctrl-C ignored, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = "--xla_force_host_platform_device_count"
 OPTIMISED = "--xla_backend_optimization_level"
