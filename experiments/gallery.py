@@ -215,7 +215,7 @@ def run(plan: Plan, tell: Callable[[str], None]) -> tuple[Entry, bool]:
         finally:
             process.kill()
             process.wait()
-    seconds = round(time.perf_counter() - began, 1)
+    seconds = round(time.perf_counter() - began, 3)
     made, status = entry(plan, seconds=seconds, revision=at), process.returncode
     if stopped or status in (130, -signal.SIGINT):
         return made._replace(trouble="interrupted", output=_end(output, END)), stopped

@@ -112,8 +112,7 @@ def test_one_outlier_leaves_out_itself_alone(noise: float) -> None:
 def test_a_norm_too_large_to_square_is_not_remembered() -> None:
     guard: Any = start(optax.sgd(0.1)).guard
     for i, size in enumerate([1.0, 1e30, 2.0]):
-        names: list[str] = ["loss", "grad_norm", "update_norm"]
-        metrics = dict.fromkeys(names, jnp.float32(size))
+        metrics = {name: jnp.float32(size) for name in ("loss", "grad_norm", "update_norm")}
         made, guard = _judge(guard, jnp.int32(i), metrics, 6.0, jnp.bool_(True))
         assert made
     assert 1 < guard.norm < 2
