@@ -3,12 +3,14 @@
 The same model from the same initial values, the same batches, the same AdamW, clipping and
 schedule, in one run on the same cores: chunks of steps of `fit` (with metrics of every step fetched
 and written) and of the PyTorch loop take turns. Then the same step without a loop around it, to see
-what the loop costs, and a step of almost no work, to see what a step costs in Python.
+what the loop costs, a step of almost no work, to see what a step costs in Python, and the step's
+products of weights without anything else: no step of either can be faster than those.
 
 Command: pip install 'jax-attn[bench]' && python -m experiments.bench_train
-Minutes: about 10 on 2 CPU cores (3.4 with --steps=600); --preset=wide about 6
+Minutes: about 8 on 2 CPU cores (2.4 with --steps=600); --preset=wide about 10
 Expected: the aim is 1.5 times the tokens a second of PyTorch in the small configuration, measured
-    were 0.74; a held-out loss that is no worse, at most 2 % for the loop, 1 ms of Python a step
+    was 1.02, and XLA's products alone take longer than such a step; a held-out loss that is no
+    worse, at most 2 % for the loop, 1 ms of Python a step
 Writes: OUT/results.json, OUT/train.png
 """
 
@@ -33,7 +35,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from experiments import _report
+from experiments import _report, _step_products
 from jax_attn import (
     attention,
     causal,
@@ -268,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
             min(cfg.steps, 20 * cfg.chunk), cfg.chunk, progress,
         )  # fmt: skip
         overhead = python_overhead()
+        products = _step_products.milliseconds(cfg.D, cfg.L, data.VOCABULARY, cfg.B * cfg.T)
     # The first turn of each compiles or warms up.
     took = {name: np.array(each[1:]) for name, each in seconds.items()}
     rates = {name: cfg.chunk * cfg.B * cfg.T / each for name, each in took.items()}
@@ -284,6 +287,8 @@ def main(argv: list[str] | None = None) -> int:
         "heldout_before": at_first,
         "heldout_after": at_last,
         "loop_share": spread(1 - np.array(alone["step"][1:]) / np.array(alone["fit"][1:])),
+        "step_ms": {name: spread(1e3 * each / cfg.chunk) for name, each in took.items()},
+        "products_ms": {name: spread(np.array(each)) for name, each in products.items()},
         "python_ms": overhead,
         # Of the time of steps, at most: the device computes meanwhile.
         "host_share": host_share(ours.seconds),
@@ -327,6 +332,13 @@ def show(console: rich.console.Console, cfg: Config, results: dict[str, Any]) ->
         f"the loop around the step: {loop['median']:.1%} ({loop['least']:.1%} to "
         f"{loop['largest']:.1%}); Python: {results['python_ms']:.3f} ms a step, and the "
         f"device waits for the host at most {results['host_share']:.1%} of it"
+    )
+    wanted = results["step_ms"]["PyTorch"]["median"] / 1.5
+    console.print(
+        f"The products of weights alone: {results['products_ms']['XLA']['median']:.1f} ms in XLA, "
+        f"{results['products_ms']['PyTorch']['median']:.1f} ms in PyTorch; a step takes "
+        f"{results['step_ms']['jax_attn']['median']:.1f} ms, and would take {wanted:.1f} ms at "
+        f"1.5 times PyTorch"
     )
     for claim, holds in results["verdict"].items():
         console.print(f"{'holds' if holds else 'does NOT hold'}: {claim}", highlight=False)
