@@ -85,6 +85,7 @@ def probabilities(x: dict, pairs: np.ndarray, options: Options) -> tuple[np.ndar
     return np.stack(exact), np.stack(plain)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", CASES)
 def test_rollout_is_the_product_of_the_layers(case: str) -> None:
     mask, pairs, options = CASES[case]

@@ -19,6 +19,7 @@ class TestManyBlocks(AttentionContract, Observes):
             yield
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("mask", sorted(MASKS))
 def test_one_block(mask: str) -> None:
     check("blockwise", "gqa", mask, OPTIONS["all"])

@@ -20,6 +20,7 @@ def run(out: pathlib.Path, *arguments: str) -> int:
     return character_lm.main(list(given.values()))
 
 
+@pytest.mark.long
 def test_it_trains_saves_and_goes_on(tmp_path: pathlib.Path, capsys: Any) -> None:
     assert run(tmp_path, "--save-every=2", "--log_every=1", "--average=0.9", "--accumulate=2") == 0
     assert "4 steps made  held-out loss" in capsys.readouterr().out

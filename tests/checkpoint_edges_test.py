@@ -49,6 +49,7 @@ def test_what_others_left_in_the_folder_stays(tmp_path: pathlib.Path) -> None:
     assert kept(tmp_path) == [4, 8, 9]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["cut", "empty", "gone", "bits", "renamed"])
 def test_a_damaged_manifest_is_a_damaged_step(how: str, tmp_path: pathlib.Path) -> None:
     whole, _ = fit(tmp_path / "whole", 12)

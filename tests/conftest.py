@@ -63,6 +63,20 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function):
         raise
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest test, which waits for pip, first, so that the others run beside it."""
+    """Mark `long` all but a few cases of a test that asks for that: n of them, evenly spaced.
+
+    The longest test, which waits for pip, starts first, so that the others run beside it.
+    """
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("long"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for each in cases.values():
+        mark = each[0].get_closest_marker("few")
+        n = mark.args[0] if mark else 0
+        quick = {i * len(each) // n for i in range(n)}
+        for i in set(range(len(each))) - quick:
+            each[i].add_marker(pytest.mark.long)
     items.sort(key=lambda item: "wheel_test" not in item.nodeid)

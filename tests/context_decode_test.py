@@ -66,6 +66,7 @@ def one_device() -> Any:
     return jit(partial(feed, None))(ATTENTION, X_BTD)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "sizes", [{"context": 4}, {"data": 2, "context": 4}, {"context": 2, "model": 4}], ids=str
 )

@@ -160,6 +160,7 @@ def assert_same(got: Any, rough: Any, want: Any) -> None:
         oracle.assert_within(name, a, b, w, floor)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("options", [pytest.param(everything, marks=pytest.mark.long), plain, far])
 def test_the_same_as_one_device(context: str, options: Any) -> None:
@@ -182,6 +183,7 @@ def test_gradient_of_the_gradient(context: str) -> None:
     assert_same(got, *one_device(far, twice))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("junk", [np.nan, np.inf])
 def test_junk_is_seen_by_those_alone_who_attend_to_it(context: str, junk: float) -> None:
@@ -234,7 +236,7 @@ TOKENS_BT = np.random.default_rng(8).integers(0, 11, (4, T + 1))
     ("context", "sizes"),
     [
         pytest.param("ring", {"data": 2, "context": 4}, marks=pytest.mark.long),
-        ("zigzag", {"data": 2, "context": 2, "model": 2}),
+        pytest.param("zigzag", {"data": 2, "context": 2, "model": 2}, marks=pytest.mark.long),
         pytest.param("all_to_all", {"fsdp": 2, "context": 2, "model": 2}, marks=pytest.mark.long),
     ],
 )

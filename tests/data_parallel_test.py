@@ -33,6 +33,7 @@ def test_numbers_are_those_of_one_device(via: str) -> None:
     small.assert_close(trained, after)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("check", [True, False])
 def test_the_step_is_right_under_a_users_own_shard_map(check: bool) -> None:
     """With check_vma the gradient of replicated parameters is summed before it is averaged."""

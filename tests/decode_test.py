@@ -85,6 +85,7 @@ def make(name):
     return params, whole, step, continued
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_cache_gives_the_logits_of_the_whole_pass(name, kind) -> None:
     # The budget is twice the float32 error of the whole pass, measured against itself in float64.

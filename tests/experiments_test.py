@@ -49,7 +49,7 @@ def test_exact_claims_hold_after_two_steps(run):
     assert {claim["name"] for claim in claims if claim["holds"]} >= exact
 
 
-def test_the_models_have_equal_parameter_counts(run):
+def test_the_models_have_equal_parameter_counts():
     for cfg in (flow.Config(), flow.Config(**flow.PRESETS["tpu"])):
         one = jax.random.split(jax.random.key(0), 1)
         sizes = [

@@ -156,6 +156,7 @@ ROW_BY_ROW = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ROW_BY_ROW)
 def test_decoding_with_a_cache_is_the_whole_pass(kind: str) -> None:
     model = partial(language_model, intervene=ROW_BY_ROW[kind](HEADS_LN))

@@ -134,6 +134,7 @@ def test_any_integer_type_names_tokens(dtype, numpy) -> None:
     np.testing.assert_array_equal(made, language_model(params, jnp.array([[0, 5, 127]]))[0])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("unknown", [V, V + 1, 2**31 - 1, -1, -V, -V - 1, -(2**31)])
 def test_an_unknown_token_gives_nan_from_its_position_on(unknown) -> None:
     params = draw(WITH_ATTENTION)

@@ -51,6 +51,7 @@ def test_one_batch_entry_on_a_data_axis(context: str | None, mask: Any) -> None:
     close(got[:, np.argsort(order)], a.attention(params, x_BTD, mask=mask))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("context", ["ring", "split_kv", None])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (8, 2), (8, 1), (4, 4), (12, 2)])
 def test_any_heads_on_a_model_axis(N: int, K: int, context: str | None) -> None:
@@ -110,6 +111,7 @@ def model_of(T: int | None, dropout: bool = False) -> tuple[Any, Any]:
     return params, run
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dropout", [False, True], ids=["learned positions", "dropout"])
 @pytest.mark.parametrize("context", ["ring", "zigzag", "all_to_all"])
 def test_positions_and_dropout_follow_the_layout(context: str, dropout: bool) -> None:
@@ -240,6 +242,7 @@ def test_trees_may_hold_numbers() -> None:
     assert a.zigzag_order(INT64, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "sizes",
     [{"data": 8}, {"fsdp": 4, "model": 2}, {"data": 2, "context": 4}, {"data": 2, "model": 4}],

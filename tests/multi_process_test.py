@@ -70,6 +70,7 @@ def finish(*children: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
             child.wait()
 
 
+@pytest.mark.long
 def test_two_processes_compute_what_one_does() -> None:
     port = free_port()
     ended = finish(start(0, 2, port), start(1, 2, port))

@@ -285,6 +285,7 @@ class Observes:
         got, want = derive(x, names), derive(x, None)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
+    @pytest.mark.few(1)
     @pytest.mark.parametrize("kind", ["gradient", "jvp", "gradient of gradient"])
     def test_derivatives_of_statistics(self, kind):
         z = TINY

@@ -71,6 +71,7 @@ def named(mode: tuple[dict[str, int], dict[str, int]]) -> str:
     return "-".join(f"{name}{size}" for name, size in mode[0].items())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("mode", MODES, ids=named)
 def test_numbers_are_those_of_one_device_and_traffic_is_what_is_declared(mode: Any) -> None:
     sizes, declared = mode

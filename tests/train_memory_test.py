@@ -38,6 +38,7 @@ def faults(word, **environment):
     return told, sorted(map(int, found))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_step_finds_its_memory_mapped():
     told, found = faults("keep")
