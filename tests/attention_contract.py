@@ -56,10 +56,12 @@ class AttentionContract(Derivatives, Masked):
         with jax.enable_x64(dtype == "float64"):
             check(self.implementation, shape, mask, options, dtype, **more)
 
+    @pytest.mark.few(7)
     @pytest.mark.parametrize("mask", MASKS)
     def test_masks(self, mask):
         self.check("mha", mask, OPTIONS["sinks"])
 
+    @pytest.mark.few(3)
     @pytest.mark.parametrize("options", OPTIONS)
     def test_options(self, options):
         self.check("gqa", "causal", OPTIONS[options])
@@ -68,6 +70,7 @@ class AttentionContract(Derivatives, Masked):
     def test_shapes(self, shape):
         self.check(shape, "none", self.every_option._replace(rate=0.0, q_offset=0, slopes=False))
 
+    @pytest.mark.few(2)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_dtypes(self, dtype):
         self.check("mqa", "prefix_lm", self.every_option._replace(q_offset=1), dtype)
@@ -77,7 +80,7 @@ class AttentionContract(Derivatives, Masked):
 
     # Each implementation's class runs it: examples are not shared between them.
     @hypothesis.settings(
-        max_examples=60, suppress_health_check=[hypothesis.HealthCheck.differing_executors]
+        max_examples=20, suppress_health_check=[hypothesis.HealthCheck.differing_executors]
     )
     @hypothesis.given(
         shape=st.sampled_from(["mqa", "gqa"]),

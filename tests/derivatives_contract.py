@@ -77,6 +77,7 @@ class Derivatives:
             x["q"], x["k"], x["v"], mask=mask, implementation=self.implementation, **options
         )
 
+    @pytest.mark.few(2)
     @pytest.mark.parametrize("kind", DERIVATIVES)
     def test_derivatives(self, kind):
         if kind in self.lacks:

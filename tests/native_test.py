@@ -44,7 +44,7 @@ class TestNative(AttentionContract, Observes):
     refuses = True
 
     @hypothesis.settings(
-        max_examples=60, suppress_health_check=[hypothesis.HealthCheck.differing_executors]
+        max_examples=20, suppress_health_check=[hypothesis.HealthCheck.differing_executors]
     )
     @hypothesis.given(
         shape=st.sampled_from(["mqa", "gqa"]),

@@ -200,6 +200,7 @@ class Observes:
     def test_observe_masks(self, mask):
         check_observed(self.implementation, SHAPES["mha"], mask, Options(q_offset=1), "float32")
 
+    @pytest.mark.few(2)
     @pytest.mark.parametrize("shape", ["mqa", "T1", "S1", "ones"])
     def test_observe_shapes(self, shape):
         options = self.every_option._replace(q_offset=0)
@@ -210,7 +211,7 @@ class Observes:
         check_observed(self.implementation, SHAPES["gqa"], "prefix", self.every_option, dtype)
 
     @hypothesis.settings(
-        max_examples=40, suppress_health_check=[hypothesis.HealthCheck.differing_executors]
+        max_examples=20, suppress_health_check=[hypothesis.HealthCheck.differing_executors]
     )
     @hypothesis.given(
         q_offset=st.integers(-2, 12),
