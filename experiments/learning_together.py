@@ -18,7 +18,7 @@ costs in the end. Then swaps: the whole model's attention, its MLPs or both are 
 all else is kept, and all is trained for `again` steps by one schedule; beside it a fresh start.
 
 Command: python -m experiments.learning_together
-Minutes: about 11 on 2 CPU cores; --preset=quick about 1; --preset=tpu has not been run yet
+Minutes: 18 on one CPU core; --preset=quick about 1; --preset=tpu has not been run yet
 Expected: the routes add up to the gradient, to rounding, and neither is below 5 % (claim of this
   library); freezing either costs loss. Open: who is first. Bigrams, which need no attention, are
   learned before what needs context (arXiv:2306.00802), so the MLPs might be
@@ -153,7 +153,7 @@ def verdicts(
     return [
         gate("the two routes add up to attention's gradient (float32)", error, most=1e-5),
         gate(
-            "neither route is below 5 % in any layer at any time",
+            "neither route has below 5 % of both norms, in any layer at any time",
             lesser,
             least=0.05,
             source="both carry the gradient",

@@ -15,7 +15,7 @@ too. Beside them: the share of units that are active, and how often the model pr
 value of its largest unit names.
 
 Command: python -m experiments.mlp_memory
-Minutes: about 12 on 2 CPU cores; --preset=quick below 1; --preset=tpu has not been run yet
+Minutes: 12 on one CPU core; --preset=quick below 1; --preset=tpu has not been run yet
 Expected: in arXiv:2012.14913, 16 layers on words, 65 to 80 % of a key's 25 triggers show a pattern
   that people found, shallow ones in lower layers; values agree with the next word almost never in
   layers 1 to 10, then up to 3.5 %, against 0.0004 % of random words; 10 to 50 % of units are

@@ -17,7 +17,7 @@ alone; with the first 4 and the last T - 4, which keep the positions they have i
 counts. All is measured on bytes after the first T.
 
 Command: python -m experiments.sinks
-Minutes: about 10 on 2 CPU cores; --preset=quick about 1; --preset=tpu has not been run yet
+Minutes: 13 on one CPU core; --preset=quick about 1; --preset=tpu has not been run yet
 Expected: in large models sinks, and a loss that explodes once the first tokens are dropped and does
   not if four are kept (arXiv:2309.17453: perplexity 5158 against 5.40); a learned sink in their
   place (arXiv:2309.17453, arXiv:2410.10781). A small run had no sinks: "does not hold" then means
