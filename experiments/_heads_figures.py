@@ -15,6 +15,7 @@ TITLES = {
     **{"norm": "norm of what it writes", "gate": "E |∂L / ∂gate|"},
 }
 SHOWN = 3  # seeds
+TICKS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)  # of costs, nats
 
 
 def damage_figure(damage: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]) -> Figure:
@@ -27,12 +28,12 @@ def damage_figure(damage: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarr
     feeds_SLK = np.stack(list(feeds.values()), axis=2)
     heads = PowerNorm(0.5, vmin=0, vmax=max(*(x.max() for x in damage.values()), 1e-6), clip=True)
     whole = PowerNorm(0.5, vmin=0, vmax=max(feeds_SLK.max(), 1e-6), clip=True)
-    drawn: dict[str, Any] = {"cmap": BLUES, "origin": "lower", "aspect": "auto"}
+    how: dict[str, Any] = {"cmap": BLUES, "origin": "lower", "aspect": "auto"}
     for seed, row in enumerate(panels):
         for axes, (kind, x_SLN) in zip(row, damage.items(), strict=False):
-            image = axes.imshow(x_SLN[seed], norm=heads, **drawn)
+            image = axes.imshow(x_SLN[seed], norm=heads, **how)
             axes.set_title(kind if not seed else "", fontsize=10)
-        of_mlps = row[-1].imshow(feeds_SLK[seed], norm=whole, **drawn)
+        of_mlps = row[-1].imshow(feeds_SLK[seed], norm=whole, **how)
         row[-1].set_title("MLP" if not seed else "", fontsize=10)
         last = seed == seeds - 1
         for axes, names in zip(row, [*([range(1, N + 1)] * len(damage)), list(feeds)], strict=True):
@@ -44,8 +45,12 @@ def damage_figure(damage: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarr
         row[0].set_yticks(range(L), range(1, L + 1), fontsize=6.5)
         row[0].set_ylabel(f"layer, seed {seed}" if seeds > 1 else "layer", fontsize=9)
     panels[-1, len(damage) // 2].set_xlabel("head", fontsize=9)
-    made.colorbar(image, ax=panels[:, :-1], shrink=0.8, pad=0.01, label="cost of a head, nats")
-    made.colorbar(of_mlps, ax=panels[:, -1], shrink=0.8, label="cost of an MLP, nats")
+    for drawn, axes, pad, label in (
+        (image, panels[:, :-1], 0.01, "cost of a head, nats"),
+        (of_mlps, panels[:, -1], 0.05, "cost of an MLP, nats"),
+    ):
+        ticks = [tick for tick in TICKS if tick <= drawn.norm.vmax]
+        made.colorbar(drawn, ax=axes, shrink=0.8, pad=pad, label=label, ticks=ticks)
     return made
 
 

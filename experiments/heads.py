@@ -17,7 +17,7 @@ the correlation that the best of the five has in 5 % of random orders.
 Weights times the norm of what their values write (Kobayashi 2020) are drawn beside the weights.
 
 Command: python -m experiments.heads
-Minutes: about 11 on 2 CPU cores; --preset=quick about 1; --preset=tpu has not been run yet
+Minutes: 15 on one CPU core; --preset=quick about 1; --preset=tpu has not been run yet
 Expected: mean edits cost less than uniform weights, those less than zeros; most heads can be taken
   out alone at little cost (arXiv:1905.10650); permuted weights hardly change a prediction
   (arXiv:1902.10186, of one attention layer on an LSTM); weight goes where values are small
