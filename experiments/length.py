@@ -13,7 +13,7 @@ then has at least 3T/4 before it, and no model sees more than it was trained on.
 loss in a window of 4T is shown over that of windows that are slid, byte for byte.
 
 Command: python -m experiments.length
-Minutes: about 12 on 2 CPU cores; --preset=quick about 1; --preset=tpu has not been run yet
+Minutes: 26 on one busy CPU core; --preset=quick about 1; --preset=tpu has not been run yet
 Expected: ALiBi at 2T and 4T no worse than at T, plain RoPE worse at 2T already (arXiv:2108.12409,
   figure 1); what ALiBi gains is that fewer bytes stand near a start, not longer reach (its appendix
   B). Without positions a model goes further than RoPE, but not without limit (arXiv:2404.12224).
