@@ -178,6 +178,8 @@ ENDED = [
     ([(134, 9), (1, 5)], "user", "worker 1"),
     ([(134, 5), (1, 5)], "user", "worker 1"),
     ([(137, 5), (1, 5)], "infrastructure", "worker 0"),
+    ([(137, 6), (134, 5)], "infrastructure", "worker 0 ended with 137"),  # noticed later
+    ([(137, 7), (1, 6), (134, 5)], "infrastructure", "worker 0"),
     ([(1, 6), (137, 5), (134, 7)], "infrastructure", "worker 1"),
     ([(1, 5), (137, 9)], "user", "worker 0"),  # the others were killed for it
     ([(139, 5), (75, 4)], "infrastructure", "worker 0"),

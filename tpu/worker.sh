@@ -213,7 +213,7 @@ terminate() {
 }
 
 supervise() {
-  local child='' rotator code=0 told=no looks=0 began i
+  local child='' rotator code=0 told=no looks=0 began ended i
   trap '' HUP INT
   # A machine that shuts down sends SIGTERM to all: the job may save first.
   trap 'told=yes; if [[ -n $child ]]; then terminate "$child"; fi' TERM
@@ -241,6 +241,7 @@ supervise() {
     if ((looks++ % 4 == 0)); then put "$job/heartbeat" "$(date +%s)" || true; fi
     sleep 0.5
   done
+  ended=$(date +%s)
   trap '' TERM
   wait "$child" && code=0 || code=$?
   # The leader may have been a wrapper, and the program behind it still saves.
@@ -258,7 +259,7 @@ supervise() {
     if ! kill -0 "$rotator" 2>/dev/null; then break; fi
     sleep 0.1
   done
-  put "$job/exit" "$code $(date +%s) $(($(date +%s) - began))"
+  put "$job/exit" "$code $ended $((ended - began))"
   kill "$rotator" 2>/dev/null || true
 }
 

@@ -26,6 +26,7 @@ CODES = {
 }
 UNSYNCED = "worker.sh: No such file"  # what bash says where nothing was copied yet
 QUICK_S = 60  # who stops sooner after a start has hardly made progress
+TOGETHER_S = 2  # supervisors look every 0.5 s, later on a busy machine; clocks differ
 SILENT_S = 30  # a supervisor writes every 2 s
 
 
@@ -120,9 +121,9 @@ def complaints(count: int, replies: Sequence[Reply]) -> dict[int, str]:
 def judge(rows: Sequence[Row]) -> Seen:
     """Say what became of a job from what became of its parts.
 
-    Where several parts failed, the one that ended first is the cause: the others followed. Within
-    one second, a kill counts before an error, an error before an abort, which a lost peer brings
-    about, and all before SIGTERM, by which the others are ended.
+    Where several parts failed, the one that ended first is the cause: the others followed. Among
+    those that ended within two seconds of it, a kill counts before an error, an error before an
+    abort, which a lost peer brings about, and all before SIGTERM, by which the others are ended.
 
     Example:
       >>> judge([Row(0, "running"), Row(1, "ended", exit=137, ended=5)])
@@ -142,7 +143,9 @@ def judge(rows: Sequence[Row]) -> Seen:
             return Seen("infrastructure", why, alive, asked)
     bad = [row for row in rows if row.state == "ended" and row.exit not in (0, STOPPED)]
     if bad:
-        first = min(bad, key=lambda row: (row.ended or 0, _rank(row.exit), row.worker))
+        soon = min(row.ended or 0 for row in bad) + TOGETHER_S
+        near = [row for row in bad if (row.ended or 0) <= soon]
+        first = min(near, key=lambda row: (_rank(row.exit), row.ended or 0, row.worker))
         why = f"worker {first.worker} ended with {code(first.exit)}"
         return Seen(_kind(first.exit), why, alive, asked)
     lost = [row for row in rows if row.state in ("lost", "none") or (row.attempt or 0) < newest]
