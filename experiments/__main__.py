@@ -1,12 +1,14 @@
 """List the experiments: each file's question, how long it takes, its command and its last verdicts.
 
-Verdicts are those of runs/NAME/summary.json in this folder, if there is one.
+Verdicts are those of the runs in this folder: runs/NAME of the default preset, runs/NAME/quick and
+runs/NAME/tpu of the others, and runs/gallery/NAME.
 
 Command: python -m experiments
 Minutes: 0
 """
 
 import ast
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -50,26 +52,40 @@ def read(path: Path, runs: Path = RUNS) -> Experiment:
         doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     except (SyntaxError, UnicodeDecodeError) as error:
         return Experiment(path.stem, f"(cannot be read: {error})", "", "", "")
-    lines = [line.strip() for line in (doc or "").splitlines()]
+    lines = (doc or "").splitlines()
 
     def field(key: str) -> str:
-        return next((line[len(key) :].strip() for line in lines if line.startswith(key)), "")
+        """Read what stands behind a key, with the indented lines that follow."""
+        for i, line in enumerate(lines):
+            if line.startswith(key):
+                rest = itertools.takewhile(lambda one: one.startswith("  "), lines[i + 1 :])
+                return " ".join([line[len(key) :], *map(str.strip, rest)]).strip()
+        return ""
 
     question = lines[0] if lines else "(no docstring)"
-    last = verdicts(runs / path.stem / "summary.json")
+    said = {
+        "default": verdicts(runs / path.stem / "summary.json"),
+        "quick": verdicts(runs / path.stem / "quick" / "summary.json"),
+        "tpu": verdicts(runs / path.stem / "tpu" / "summary.json"),
+        "gallery": verdicts(runs / "gallery" / path.stem / "summary.json"),
+    }
+    last = "; ".join(f"{preset}: {words}" for preset, words in said.items() if words)
     return Experiment(path.stem, question, field("Minutes:"), field("Command:"), last)
 
 
 def find(folder: Path = FOLDER, runs: Path = RUNS) -> list[Experiment]:
-    """Read every experiment in a folder, in the order of their names."""
-    paths = sorted(folder.glob("*.py"))
+    """Read every experiment in a folder, in the order of their names, benchmarks last."""
+    paths = sorted(folder.glob("*.py"), key=lambda path: (path.stem.startswith("bench_"), path))
     return [read(path, runs) for path in paths if not path.name.startswith("_")]
 
 
 def plain(rows: list[Experiment]) -> str:
-    """Aligned lines for a pipe or a file: name, minutes, command, verdicts, question."""
+    """Align lines for a pipe or a file: name, default's minutes, command, verdicts, question."""
     cells = [("experiment", "minutes", "command", "last verdicts", "question")]
-    cells += [(r.name, r.minutes or "-", r.command or "-", r.last or "-", r.question) for r in rows]
+    cells += [
+        (r.name, r.minutes.partition(";")[0] or "-", r.command or "-", r.last or "-", r.question)
+        for r in rows
+    ]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)][:-1]
     return "\n".join(
         "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]])
@@ -84,16 +100,19 @@ def table(rows: list[Experiment]) -> None:
     from rich.text import Text
 
     out = Table(title="Each experiment answers one question", title_justify="left")
-    out.add_column("experiment", style="bold", overflow="fold")
-    out.add_column("question and command", overflow="fold", ratio=1)
-    out.add_column("minutes", justify="right", overflow="fold")
+    out.add_column("question, minutes, command and last verdicts", overflow="fold")
     for row in rows:
-        text = Text(row.question)
-        if row.command:
-            text.append(f"\n{row.command}", style="cyan")
-        if row.last:
-            text.append(f"\n{row.last}", style="green")
-        out.add_row(Text(row.name), text, Text(row.minutes))
+        text = Text(row.name, style="bold")
+        text.append(f"\n{row.question}", style="not bold")
+        for line, style in (
+            (row.minutes and f"Minutes: {row.minutes}", "not bold dim"),
+            (row.command, "not bold cyan"),
+            (row.last, "not bold green"),
+        ):
+            if line:
+                text.append(f"\n{line}", style=style)
+        out.add_row(text)
+        out.add_section()
     Console().print(out)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import rich.progress
 
+from experiments import _counts
 from experiments._learn import Learned, check_rows, learn
 from jax_attn import (
     attention,
@@ -51,6 +52,8 @@ class Character:
 def check(model: Character, mesh: jax.sharding.Mesh) -> None:
     """Refuse sizes that mean nothing or do not fit the mesh, and a text that is too short."""
     check_positive(model, "model.")
+    if not model.learning_rate > 0:
+        raise ValueError(f"--model.learning_rate must be above 0, got {model.learning_rate}")
     if model.D % model.N or (model.D // model.N) % 2:
         raise ValueError(
             f"--model.N={model.N} heads must divide --model.D={model.D} into even widths, for RoPE"
@@ -112,6 +115,27 @@ def chunks(text_bytes: np.ndarray, T: int, total: int) -> np.ndarray:
     """Cut about `total` windows, evenly spread, [chunks, windows, T + 1]."""
     B = min(CHUNK, total)
     return data.windows(text_bytes, B=B, T=T, count=total // B)
+
+
+def untrained(text: data.Text, windows: Any, loss: Any) -> str:
+    """Say that models have not learned enough to be asked what they do with context.
+
+    Counts of pairs of bytes (order 1) know the last byte and no more.
+
+    Args:
+      text: what was trained on.
+      windows: held-out ones [...,T+1].
+      loss: of the models on them, nats a byte; one that is not a number is too high.
+    Returns: why nothing can be judged, or "" if every loss is below that of counting.
+    """
+    flat = np.asarray(windows).reshape(-1, np.shape(windows)[-1])
+    pairs, worst = float(_counts.losses(text.train, flat, orders=2)[1]), float(np.max(loss))
+    if worst < pairs:
+        return ""
+    return (
+        f"not judged: the loss of {worst:.3f} nats is not below {pairs:.3f}, that of counting "
+        "pairs of bytes"
+    )
 
 
 def trained(

@@ -1,11 +1,17 @@
 """What an experiment leaves behind: verdicts computed from numbers, a table, summary.json."""
 
+import contextlib
 import dataclasses
+import fcntl
+import inspect
 import json
+import math
+import os
 import pathlib
+import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -13,13 +19,16 @@ import numpy as np
 import rich.box
 import rich.console
 import rich.table
+import scipy.special
 
-from experiments._report import environment
+from experiments._report import environment, revision
+from jax_attn import data
 from jax_attn.command_line import parse
 
 Config = TypeVar("Config", bound=Any)
 
 WORDS = {True: "holds", False: "does not hold", None: "undecided"}
+MARK = ".experiment"  # in the folder of a run: whose it is, and the lock of the one that writes
 
 
 class Verdict(NamedTuple):
@@ -29,7 +38,11 @@ class Verdict(NamedTuple):
     expected: str
     measured: str
     holds: bool | None
-    """None: some seeds say yes and some say no."""
+    """None: undecided."""
+    values: tuple[float, ...] = ()
+    """What was judged, a number for each seed."""
+    exact: bool = False
+    """True of an identity, which one seed and a model that learned nothing show as well."""
 
 
 def spread(values: Any, digits: int = 4) -> str:
@@ -55,6 +68,8 @@ def gate(
     least: float | None = None,
     most: float | None = None,
     source: str = "",
+    exact: bool = False,
+    whole: bool = False,
 ) -> Verdict:
     """Judge one number of each seed against bounds.
 
@@ -63,13 +78,18 @@ def gate(
       values: one number for each seed; not a number counts as a failure.
       least, most: bounds, either or both.
       source: where the bounds are from.
-    Returns: holds if every seed lies within, does not hold if none does, else undecided.
+      exact: that it is an identity, which one seed decides.
+      whole: that the one number is of all seeds together.
+    Returns: holds if every seed lies within, does not hold if none does; undecided if some do, and
+      if there is one seed only.
     Raises: ValueError: neither bound, or no values.
     Example:
       >>> gate("recall is perfect", [1.0, 0.995], least=0.99).holds
       True
       >>> gate("recall is perfect", [1.0, 0.5], least=0.99).holds is None
       True
+      >>> gate("recall is perfect", [1.0], least=0.99).measured
+      '1; one seed decides nothing, it lies within'
     """
     x = np.atleast_1d(np.asarray(values, dtype=float))
     if x.size == 0 or (least is None and most is None):
@@ -83,7 +103,53 @@ def gate(
     bounds = " and ".join(f"{word} {b:.6g}" for word, b in ends.items() if b is not None)
     holds = True if within.all() else False if not within.any() else None
     expected = f"{bounds} ({source})" if source else bounds
-    return Verdict(statement, expected, spread(x), holds)
+    made = Verdict(statement, expected, spread(x), holds, tuple(x.tolist()), exact)
+    if x.size > 1 or exact or whole:
+        return made
+    return moot(made, f"one seed decides nothing, it lies {'within' if holds else 'outside'}")
+
+
+def positive(statement: str, differences: Any, *, source: str = "") -> Verdict:
+    """Judge whether a difference, of which only the sign is expected, is above 0.
+
+    Seeds scatter around the mean m with deviation s, so m is known to m ± t s / sqrt(n), with t of
+    Student's distribution of n - 1 degrees of freedom: the 95 % interval.
+
+    Args:
+      statement: what would be true if the difference is above 0.
+      differences: one for each seed, of two numbers of the same seed.
+      source: where the expectation is from.
+    Returns: holds if the interval lies above 0, does not hold if below, else undecided.
+    Raises: ValueError: no differences.
+    Example:
+      >>> positive("more is better", [0.3, 0.31, 0.32]).holds
+      True
+      >>> positive("more is better", [0.01, 0.31, 0.02]).holds is None
+      True
+    """
+    x = np.atleast_1d(np.asarray(differences, dtype=float))
+    if x.size == 0:
+        raise ValueError("positive needs at least one difference")
+    expected = "mean above 0 by its 95 % interval" + (f" ({source})" if source else "")
+    made = Verdict(statement, expected, spread(x), None, tuple(x.tolist()))
+    if x.size == 1:
+        return moot(made, f"one seed decides nothing, it is {'above' if x[0] > 0 else 'not above'}")
+    if not np.isfinite(x).all():
+        return made._replace(holds=False)
+    half = float(scipy.special.stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size))
+    low, high = float(x.mean()) - half, float(x.mean()) + half
+    said = f"{spread(x)}; mean within {low:.4g} to {high:.4g}"
+    return made._replace(measured=said, holds=True if low > 0 else False if high < 0 else None)
+
+
+def moot(verdict: Verdict, why: str) -> Verdict:
+    """Leave a verdict undecided, and say why.
+
+    Example:
+      >>> moot(gate("x", [1.0, 2.0], least=0.0), "nothing was learned").measured
+      '1.5 [1, 2]; nothing was learned'
+    """
+    return verdict._replace(holds=None, measured=f"{verdict.measured}; {why}")
 
 
 class Figure(NamedTuple):
@@ -100,6 +166,10 @@ class Answer(NamedTuple):
     """Rows of like keys; a list or array is a number for each seed."""
     verdicts: Sequence[Verdict]
     figures: Sequence[Figure]
+    text: data.Text | None = None
+    """What was trained on, if it was a text."""
+    untrained: str = ""
+    """Why nothing but identities can be judged of these models, such as a loss that is too high."""
 
 
 def run(
@@ -112,41 +182,114 @@ def run(
 ) -> int:
     """Run an experiment: read its command line, measure, write summary.json, print what it says.
 
+    The folder is the experiment's own: one that holds something else, or in which another process
+    is at work, is refused, and what an earlier run left there is removed before this one begins.
+
     Args:
       doc: the experiment's docstring; its first line is the question.
       config: dataclass with `out`, the folder to write to.
       presets, argv: as for `jax_attn.command_line.parse`.
       check: config -> mesh; raises ValueError for what cannot be run, before anything is written.
       find: config, mesh and folder -> answer; metrics.jsonl is not there when it begins.
-    Returns: exit status: 0 whatever the verdicts are, 2 for a wrong argument.
+    Returns: exit status: 0 whatever the verdicts are, 1 out of memory, 2 for a wrong argument, 130
+      after Ctrl-C.
     """
     began = time.perf_counter()
+    argv = list(sys.argv[1:] if argv is None else argv)
     cfg = parse(config, presets, doc, argv)
-    out = pathlib.Path(cfg.out)
-    try:
-        if not cfg.out:
-            raise ValueError("--out must name a folder")
-        mesh = check(cfg)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    answer = find(cfg, mesh, out)
-    summary = {
-        "question": doc.strip().splitlines()[0],
-        "config": dataclasses.asdict(cfg),
-        **environment(),
-        "table": [{k: _plain(v) for k, v in row.items()} for row in answer.table],
-        "verdicts": [{**v._asdict(), "verdict": WORDS[v.holds]} for v in answer.verdicts],
-        "figures": [figure._asdict() for figure in answer.figures],
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
-    show(summary["table"], answer.verdicts)
+    name, out = pathlib.Path(inspect.getfile(find)).stem, pathlib.Path(cfg.out)
+    preset = [word.partition("=")[2] for word in argv if word.startswith("--preset=")]
+    with contextlib.ExitStack() as stack:
+        try:
+            if not cfg.out:
+                raise ValueError("--out must name a folder")
+            mesh = check(cfg)
+            stack.enter_context(_own(out, name))
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        at = revision()
+        try:
+            answer = find(cfg, mesh, out)
+        except KeyboardInterrupt:
+            log = out / "metrics.jsonl"
+            left = f"{log} has what was measured" if log.exists() else "nothing was measured"
+            print(f"stopped; {left}", file=sys.stderr)
+            return 130
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"error: out of memory, make it smaller: {error}"[:300], file=sys.stderr)
+            return 1
+        summary = {
+            "question": doc.strip().splitlines()[0],
+            "command": shlex.join(["python", "-m", f"experiments.{name}", *argv]),
+            "preset": (preset or ["default"])[0],
+            "config": dataclasses.asdict(cfg),
+            **environment(),
+            "revision": at,
+            "text": answer.text and {"name": answer.text.name, "sha256": answer.text.sha256},
+            **findings(answer),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+        partial = out / "summary.partial"
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, out / "summary.json")
+    show(summary["table"], judged(answer))
     print(f"wrote {out / 'summary.json'} in {summary['seconds']:.0f} s")
     return 0
+
+
+def judged(answer: Answer) -> list[Verdict]:
+    """Return the verdicts of an answer, undecided where its models have not learned enough."""
+    return [
+        moot(v, answer.untrained) if answer.untrained and not v.exact else v
+        for v in answer.verdicts
+    ]
+
+
+def findings(answer: Answer) -> dict[str, Any]:
+    """Make the part of summary.json that is of the answer: table, verdicts, figures."""
+    return {
+        "table": [{k: _plain(v) for k, v in row.items()} for row in answer.table],
+        "verdicts": [
+            {**v._asdict(), "values": _plain(v.values), "verdict": WORDS[v.holds]}
+            for v in judged(answer)
+        ],
+        "figures": [figure._asdict() for figure in answer.figures],
+    }
+
+
+@contextlib.contextmanager
+def _own(out: pathlib.Path, name: str) -> Iterator[None]:
+    """Hold the folder of a run alone, without what an earlier run of the experiment left."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    mark, old = out / MARK, out / "summary.json"
+    owner = mark.read_text(encoding="utf-8").strip() if mark.exists() else ""
+    if owner != name and (old.exists() or (out / "metrics.jsonl").exists()):
+        raise ValueError(
+            f"--out={out} holds a run of {owner or 'something else'}; name another folder"
+        )
+    with mark.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is writing to --out={out}; name another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        mark.write_text(name + "\n", encoding="utf-8")
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            figures = json.loads(old.read_text(encoding="utf-8"))["figures"]
+            for file_name in (pathlib.PurePath(figure["file"]).name for figure in figures):
+                (out / file_name).unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        yield
 
 
 def show(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict]) -> None:
@@ -166,16 +309,8 @@ def show(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict]) -> None
 
 
 def script(main: Callable[[], int]) -> None:
-    """Run an experiment as a script: exit with its status, or with 130 after Ctrl-C.
-
-    Args:
-      main: returns the status.
-    """
-    try:
-        raise SystemExit(main())
-    except KeyboardInterrupt:
-        print("stopped; what was measured so far is in the run's folder", file=sys.stderr)
-        raise SystemExit(130) from None
+    """Run an experiment as a script: exit with its status."""
+    raise SystemExit(main())
 
 
 def _plain(value: Any) -> Any:

@@ -3,16 +3,22 @@
 import base64
 import datetime
 import html
+import importlib.metadata
 import os
 import pathlib
 import platform
+import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
 import jax
 import matplotlib.figure
+import numpy as np
 import optax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -35,15 +41,45 @@ def environment() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "numpy": np.__version__,
         "flax": flax.__version__,
         "optax": optax.__version__,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "machine": f"{platform.machine()}, {_cpus()} CPU cores",
+        "processor": _processor(),
     }
+
+
+def revision() -> str:
+    """Name the revision of the sources, and whether files differ from it; "" without one."""
+    said = []
+    for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain"]):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(ROOT), *command],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=20,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        said.append(done.stdout.strip())
+    return f"{said[0]} and changed files" if said[1] else said[0]
 
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """Name the processor, as far as the system says."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", pathlib.Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor()
 
 
 def save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> pathlib.Path:

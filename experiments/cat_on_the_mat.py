@@ -69,8 +69,8 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"steps": 400, "learning_rate": 5e-3},
-    "tpu": {"D": 128, "F": 512, "seeds": 64},
+    "quick": {"steps": 400, "learning_rate": 5e-3, "out": "runs/cat_on_the_mat/quick"},
+    "tpu": {"D": 128, "F": 512, "seeds": 64, "out": "runs/cat_on_the_mat/tpu"},
 }
 
 

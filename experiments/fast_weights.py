@@ -38,7 +38,6 @@ WAYS: dict[str, tuple[str, int | None, str]] = {
     "dpfp": ("linear, DPFP-1", 2, "#E69F00"),
     "softmax": ("softmax", None, "#0072B2"),
 }
-BEYOND = 2  # times d: from there on a verdict is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,13 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"keys": "16,32,64,128", "steps": 1000, "seeds": 2},
-    "tpu": {"H": 64, "keys": "32,64,128,256,384,512,1024", "seeds": 8},
+    "quick": {"keys": "16,32,64,128", "steps": 1000, "seeds": 2, "out": "runs/fast_weights/quick"},
+    "tpu": {
+        "H": 64,
+        "keys": "32,64,128,256,384,512,1024",
+        "seeds": 8,
+        "out": "runs/fast_weights/tpu",
+    },
 }
 
 
@@ -118,7 +122,7 @@ def verdicts(H: int, found: Mapping[tuple[str, int], Any]) -> list[_findings.Ver
     """
     made = []
     for way, (title, each, _) in WAYS.items():
-        beyond = [S for name, S in found if name == way and BEYOND * (each or 1) * H <= S]
+        beyond = [S for name, S in found if name == way and (each or 1) * H < S]
         over = {S: np.asarray(found[way, S]) - bound(way, H, S) for S in beyond}
         if not over:
             continue

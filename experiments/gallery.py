@@ -38,6 +38,7 @@ import rich.console
 
 from experiments.__main__ import FOLDER, read
 from experiments._gallery_page import Entry, counts, page, read_summary
+from experiments._report import revision
 from jax_attn.command_line import parse_both
 from jax_attn.report import training_progress
 
@@ -117,24 +118,6 @@ def fingerprint(name: str, preset: str) -> str:
     given = [f"{key}={os.environ.get(key, '')}" for key in ENVIRONMENT]
     sha.update("\0".join([preset, platform.python_version(), *versions, *given]).encode())
     return sha.hexdigest()
-
-
-def revision() -> str:
-    """Name the revision of the sources, and whether files differ from it; "" without one."""
-    said = []
-    for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain"]):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *command],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=20,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return ""
-        said.append(done.stdout.strip())
-    return f"{said[0]} and changed files" if said[1] else said[0]
 
 
 def plans(cfg: Config, folder: pathlib.Path = FOLDER) -> list[Plan]:

@@ -52,8 +52,15 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"steps": 500, "seeds": 2},
-    "tpu": {"d": 64, "pairs": "64,128,256", "B": 16384, "asked": 2**17, "steps": 5000},
+    "quick": {"steps": 500, "seeds": 2, "out": "runs/gradient_step/quick"},
+    "tpu": {
+        "d": 64,
+        "pairs": "64,128,256",
+        "B": 16384,
+        "asked": 2**17,
+        "steps": 5000,
+        "out": "runs/gradient_step/tpu",
+    },
 }
 
 

@@ -38,7 +38,7 @@ import numpy as np
 
 from experiments import _character, _heads_figures
 from experiments._character import Character
-from experiments._findings import Answer, Figure, Verdict, gate, run, script
+from experiments._findings import Answer, Figure, Verdict, gate, positive, run, script
 from experiments._heads_sweep import (
     HEADS,
     MLPS,
@@ -84,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tpu": {
         **{"model.D": 512, "model.N": 8, "model.L": 8, "model.T": 256, "model.B": 64},
         **{"model.steps": 10_000, "model.warmup": 500, "every": 1000, "eval_windows": 256},
+        "out": "runs/heads/tpu",
     },
 }
 
@@ -173,22 +174,19 @@ def verdicts(
     others = np.max([x for name, x in strength.items() if name != "gate"], axis=0)
     expected = "expected order: mean, uniform, zero"
     return [
-        gate(
+        positive(
             "a head's mean output costs less than uniform weights",
             cost["uniform"] - cost["mean"],
-            least=0.0,
             source=expected,
         ),
-        gate(
+        positive(
             "a head's uniform weights cost less than zeros",
             cost["zero"] - cost["uniform"],
-            least=0.0,
             source=expected,
         ),
-        gate(
+        positive(
             "a head's permuted weights cost more than uniform ones",
             cost["permuted"] - cost["uniform"],
-            least=0.0,
             source="which key has which weight matters",
         ),
         gate(
@@ -203,16 +201,14 @@ def verdicts(
             least=0.5,
             source="Michel 2019; bound set here",
         ),
-        gate(
+        positive(
             "the best of five statistics tells which heads matter, beyond chance",
             np.max(list(strength.values()), axis=0) - found["chance"],
-            least=0.0,
             source="95 % of random orders",
         ),
-        gate(
+        positive(
             "the gate's gradient tells it better than the other four",
             strength["gate"] - others,
-            least=0.0,
             source="Michel 2019 prunes by it",
         ),
         gate(
@@ -330,6 +326,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
                 "of what their values write, and the median head; square roots are drawn.",
             ),
         ],
+        text,
+        _character.untrained(text, chunks, learned.rows[-1]["heldout"]),
     )
 
 

@@ -36,7 +36,7 @@ import matplotlib.figure
 import numpy as np
 import optax
 
-from experiments._findings import Answer, Figure, Verdict, gate, run, script
+from experiments._findings import Answer, Figure, Verdict, gate, moot, run, script
 from experiments._learn import Learned, check_rows, learn
 from experiments._report import save
 from jax_attn import (
@@ -99,6 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tpu": {
         **{"V": 512, "T": 512, "shortest": 128, "longest": 256, "D": 256, "N": 8, "B": 256},
         **{"steps": 10_000, "frozen_steps": 100_000, "every": 500, "learning_rate": 1e-3},
+        "out": "runs/induction/tpu",
     },
 }
 
@@ -268,11 +269,12 @@ def verdicts(scores: Mapping[str, np.ndarray]) -> list[Verdict]:
       scores: by model, [measurements,seeds,L,N].
     Returns: a verdict for each gate; frozen Wq and Wk have none.
     """
-    olsson = "Olsson 2022"
+    olsson, formed = "Olsson 2022", best(scores["deep"][-1])
+    one = gate("one layer forms none", best(scores["one"][-1]), most=0.1, source=olsson)
     return [
         gate(
             "two layers form an induction head",
-            best(scores["deep"][-1]),
+            formed,
             least=HEAD,
             source=olsson,
         ),
@@ -282,7 +284,7 @@ def verdicts(scores: Mapping[str, np.ndarray]) -> list[Verdict]:
             least=0.5,
             source=f"{olsson}: a phase change",
         ),
-        gate("one layer forms none", best(scores["one"][-1]), most=0.1, source=olsson),
+        moot(one, "not judged: two layers form none either") if np.max(formed) < HEAD else one,
         gate(
             "one layer with smeared keys forms one",
             best(scores["smeared"][-1]),

@@ -38,7 +38,7 @@ import rich.progress
 
 from experiments import _character
 from experiments._character import Character
-from experiments._findings import Answer, Figure, Verdict, gate, run, script
+from experiments._findings import Answer, Figure, Verdict, gate, positive, run, script
 from experiments._gradient_routes import PARTS, compared, inner, routes
 from experiments._learn import learn
 from experiments._report import save
@@ -80,6 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"model.D": 512, "model.N": 8, "model.L": 8, "model.T": 256, "model.B": 64},
         **{"model.steps": 10_000, "model.warmup": 500, "every": 250, "again": 2000},
         **{"looked": 128, "eval_windows": 512},
+        "out": "runs/learning_together/tpu",
     },
 }
 
@@ -134,6 +135,7 @@ def verdicts(
     again: Mapping[str, Any],
     error: Any,
     part_RSL: np.ndarray,
+    half: Mapping[str, Any],
 ) -> list[Verdict]:
     """Judge the numbers.
 
@@ -143,15 +145,18 @@ def verdicts(
       again: held-out loss that each of `AGAIN` ends at, one for each seed.
       error: of the split against the gradient, one for each seed.
       part_RSL: the norm of the MLP's route over the sum of both norms, [measurements, seeds, L].
+      half: by part, the step at which a reset costs half of what it costs in the end.
     Returns: verdicts.
     """
     attention, mlps, both = (freezing[name][-1] for name in FROZEN)
     _, without, *kept = (np.asarray(again[name]) for name in AGAIN)
     lesser = np.minimum(part_RSL, 1 - part_RSL).min(axis=(0, 2))
     first = [early(steps, freezing[name]) for name in ("attention frozen", "MLPs frozen")]
-    own = "margin of this experiment"
+    own, bigrams = "margin of this experiment", "bigrams before context, arXiv:2306.00802"
     return [
-        gate("the two routes add up to attention's gradient (float32)", error, most=1e-5),
+        gate(
+            "the two routes add up to attention's gradient (float32)", error, most=1e-5, exact=True
+        ),
         gate(
             "neither route has below 5 % of both norms, in any layer at any time",
             lesser,
@@ -178,11 +183,15 @@ def verdicts(
             least=MARGIN,
             source=own,
         ),
-        gate(
+        positive(
             "MLPs are first: of what freezing costs in the end, more is there in the first tenth",
             first[1] - first[0],
-            least=0.0,
-            source="bigrams before context, arXiv:2306.00802",
+            source=bigrams,
+        ),
+        positive(
+            "MLPs are first: half of what a reset costs in the end is there earlier, by steps",
+            np.asarray(half["attention"]) - np.asarray(half["mlp"]),
+            source=bigrams,
         ),
     ]
 
@@ -271,6 +280,7 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
     text = data.load_text(cfg.model.data or None, T=cfg.model.T)
     with training_progress() as progress:
         rows, curves = trained(cfg, text, mesh, progress, out / "metrics.jsonl")
+    windows = _character.chunks(text.heldout, cfg.model.T, cfg.eval_windows)
     steps, L = steps_of(rows), cfg.model.L
     losses = collected(rows, "heldout")
     freezing = {name: curves[name].loss_RS - losses for name in FROZEN}
@@ -311,6 +321,7 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
             {name: curves[name].loss_RS[-1] for name in AGAIN},
             collected(rows, "split_error").max(axis=0),
             collected(rows, "part_L"),
+            half,
         ),
         [
             Figure(
@@ -326,6 +337,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
                 f"of a step. {seeds}",
             ),
         ],
+        text,
+        _character.untrained(text, windows, losses[-1]),
     )
 
 

@@ -88,6 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tpu": {
         **{"model.D": 512, "model.N": 8, "model.L": 6, "model.T": 256, "model.B": 64},
         **{"model.steps": 20_000, "model.warmup": 500, "every": 1000},
+        "out": "runs/length/tpu",
     },
 }
 
@@ -309,7 +310,13 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
         "in windows of T that are slid; means of T/4 positions, band from the least to the largest "
         "seed. Below 0 reading on is better than starting anew.",
     }
-    return Answer(table, verdicts(loss, near_loss), [Figure(*each) for each in captions.items()])
+    return Answer(
+        table,
+        verdicts(loss, near_loss),
+        [Figure(*each) for each in captions.items()],
+        text,
+        _character.untrained(text, heldout, loss["rope"][1]),
+    )
 
 
 def length_figure(

@@ -73,6 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tpu": {
         **{"model.D": 512, "model.N": 8, "model.L": 12, "model.T": 256, "model.B": 64},
         **{"model.steps": 20_000, "model.warmup": 500, "every": 1000, "windows": 16_384},
+        "out": "runs/mlp_memory/tpu",
     },
 }
 
@@ -225,11 +226,14 @@ def anywhere(windows: np.ndarray, units: int, top: int, seed: int) -> dict[str, 
     return {f"last {n}": float(alike(windows, window, position, n).mean()) for n in LAST}
 
 
-def verdicts(trained: Mapping[str, Any], init: Mapping[str, Any]) -> list[Verdict]:
+def verdicts(
+    trained: Mapping[str, Any], init: Mapping[str, Any], places: Mapping[str, Any]
+) -> list[Verdict]:
     """Judge keys and values.
 
     Args:
       trained, init: the model after training and before, by name [seeds,L], from `measured`.
+      places: the same shares of random places in stead of triggers, [seeds].
     Returns: the verdicts, of keys, then of values.
     """
     after = {name: np.asarray(x) for name, x in trained.items()}
@@ -243,8 +247,9 @@ def verdicts(trained: Mapping[str, Any], init: Mapping[str, Any]) -> list[Verdic
             source=f"{PAPER}: 65 to 80 % show a pattern",
         ),
         gate(
-            "training makes them so: share with the same last 3 bytes, over that at init",
-            after["last 3"].mean(1) - before["last 3"].mean(1),
+            "training makes them so: share with the same last 3 bytes, over the larger of that at "
+            "init and of random places",
+            after["last 3"].mean(1) - np.maximum(before["last 3"].mean(1), places["last 3"]),
             least=0.05,
             source="no control in the paper",
         ),
@@ -377,7 +382,11 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
         "unit. Unit: layer and number.",
     }
     return Answer(
-        table, verdicts(trained, fresh), [Figure(file, says) for file, says in captions.items()]
+        table,
+        verdicts(trained, fresh, places),
+        [Figure(file, says) for file, says in captions.items()],
+        text,
+        _character.untrained(text, heldout, found.rows[-1]["heldout"]),
     )
 
 

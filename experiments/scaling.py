@@ -39,7 +39,7 @@ import numpy as np
 import optax
 
 from experiments import _findings, _power_law, _scaling_figure
-from experiments._character import chunks, drawn
+from experiments._character import chunks, drawn, untrained
 from experiments._learn import check_rows, learn
 from experiments._report import save
 from experiments._scaling_sizes import (
@@ -106,12 +106,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "quick": {
         **{"sizes": "16x1,32x1,32x2,48x2", "steps": 800, "split": "32x2", "heads": "1,5"},
-        **{"T": 32, "eval_windows": 128, "seeds": 1},
+        **{"T": 32, "eval_windows": 128, "seeds": 1, "out": "runs/scaling/quick"},
     },
     "tpu": {
         **{"sizes": "64x3,128x4,192x5,256x6,384x7,512x8", "steps": 1600, "split": "256x6"},
         **{"heads": "1,2,6,8,10", "H": 64, "T": 256, "B": 64, "warmup": 100},
-        **{"eval_windows": 1024},
+        **{"eval_windows": 1024, "out": "runs/scaling/tpu"},
     },
 }
 
@@ -244,10 +244,9 @@ def verdicts(
     """
     own = "a bound of this file"
     made = [
-        _findings.gate(
+        _findings.positive(
             "each larger size is better after the most bytes, by nats",
             -np.diff(np.asarray(losses)[:, -1], axis=0).max(0),
-            least=0.0,
         ),
         _findings.gate(
             "a law fitted without the largest size foretells its losses: relative error",
@@ -265,12 +264,14 @@ def verdicts(
             high - low,
             most=0.1,
             source=own,
+            whole=True,
         )
         like = _findings.gate(
             f"a published exponent of {of}, {least:g} to {most:g}, lies in that interval: distance",
             max(low - most, least - high, 0.0),
             most=0.0,
             source="arXiv:2203.15556 and 2404.10102, large models, tokens of several bytes",
+            whole=True,
         )
         # A wide interval holds any exponent, which says nothing.
         made += [pinned, like if pinned.holds or not like.holds else like._replace(holds=None)]
@@ -278,14 +279,15 @@ def verdicts(
     best = min(share, key=lambda N: share[N].mean())
     margin = max(MARGIN, *(np.ptp(x) for x in share.values()))
     for N, what in ((usual, "the usual"), (min(share), "the least"), (max(share), "the largest")):
-        won = _findings.gate(
-            f"at equal operations another share of attention beats {what}, N = {N}: nats won by "
-            f"the best, N = {best}",
-            share[N] - share[best],
-            least=float(margin),
-            source=f"{MARGIN:g}, or what seeds differ by; one seed decides nothing",
+        made.append(
+            _findings.gate(
+                f"at equal operations another share of attention beats {what}, N = {N}: nats won "
+                f"by the best, N = {best}",
+                share[N] - share[best],
+                least=float(margin),
+                source=f"{MARGIN:g}, or what seeds differ by",
+            )
         )
-        made.append(won if share[N].size > 1 else won._replace(holds=None))
     return made
 
 
@@ -366,6 +368,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
         table=table,
         verdicts=verdicts(sizes, seen, points, fits, shares, usual),
         figures=[_findings.Figure("scaling.png", caption)],
+        text=text,
+        untrained=untrained(text, heldout, points[-1, -1]),
     )
 
 

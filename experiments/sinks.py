@@ -89,6 +89,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"model.D": 512, "model.N": 8, "model.L": 8, "model.T": 256, "model.B": 64},
         **{"model.steps": 20_000, "model.learning_rate": 1e-3, "model.warmup": 500},
         **{"every": 1000, "eval_windows": 512},
+        "out": "runs/sinks/tpu",
     },
 }
 
@@ -345,7 +346,13 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
         f"above {SINK} it is a sink (arXiv:2410.10781). Right: models trained on {T} bytes "
         f"read on. Text: {text.name}, {text.sha256}."
     )
-    return Answer(table, verdicts(shares, first, losses), [Figure("sinks.png", caption)])
+    return Answer(
+        table,
+        verdicts(shares, first, losses),
+        [Figure("sinks.png", caption)],
+        text,
+        _character.untrained(text, heldout, losses["open"]["afresh"]),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

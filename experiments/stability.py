@@ -82,6 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"model.D": 256, "model.N": 8, "model.L": 6, "model.T": 256, "model.B": 64},
         **{"model.steps": 10_000, "model.warmup": 500, "rates": "1,3,10,30,100,300"},
         **{"every": 500, "eval_windows": 256},
+        "out": "runs/stability/tpu",
     },
 }
 
@@ -286,12 +287,14 @@ def verdicts(
             by_length("extremal", lambda x: np.abs(x).max()),
             most=1e-5,
             source="arXiv:2303.06296, theorem 3.1",
+            exact=True,
         ),
         gate(
             f"no random row is below the bound: least above it, T = {lengths}",
             by_length("random", np.min),
             least=-1e-5,
             source="arXiv:2303.06296, theorem 3.1",
+            exact=True,
         ),
         gate(
             "after a clip the largest logit on the same input is tau: their ratio",
@@ -299,6 +302,7 @@ def verdicts(
             least=1 - 1e-3,
             most=1 + 1e-3,
             source="arXiv:2507.20534",
+            exact=True,
         ),
     ]
 
@@ -382,6 +386,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
             bound,
         ),
         figures=[Figure(file, caption) for file, caption in captions.items()],
+        text=text,
+        untrained=_character.untrained(text, heldout, np.nanmin(losses["plain"], axis=0)),
     )
 
 

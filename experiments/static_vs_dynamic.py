@@ -37,7 +37,7 @@ import numpy as np
 import optax
 
 from experiments import _counts, _findings, _static_figures
-from experiments._character import chunks, drawn
+from experiments._character import chunks, drawn, untrained
 from experiments._learn import Learned, check_rows, learn
 from experiments._report import save
 from experiments._static_ladder import (
@@ -105,10 +105,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"D": 32, "N": 2, "F": 128, "L": 2, "T": 32, "B": 8, "steps": 600, "every": 60},
         **{"learning_rate": 4e-3, "warmup": 60, "eval_windows": 64, "map_windows": 64},
         **{"without_mlp": False, "seeds": 1},
+        "out": "runs/static_vs_dynamic/quick",
     },
     "tpu": {
         **{"D": 512, "N": 8, "F": 2048, "L": 6, "T": 256, "B": 64, "steps": 20_000},
         **{"every": 500, "warmup": 500, "activation": "gelu", "eval_windows": 1024},
+        "out": "runs/static_vs_dynamic/tpu",
     },
 }
 
@@ -295,6 +297,7 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
     }
     save(_static_figures.loss_figure(steps, curves, counts), out / "loss.png")
     save(_static_figures.ladder_figure(steps, losses, variances, counts), out / "ladder.png")
+    attention = [x for name, x in losses.items() if name.removesuffix("+mlp") == "attention"]
     captions = {
         "loss.png": "Held-out loss during training, equal numbers of trained parameters; mean of "
         "seeds, band from least to largest. Dashed: byte counts on the same positions. Text: "
@@ -306,6 +309,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
         table=rows_of(cfg, counts, losses, variances),
         verdicts=verdicts(counts, losses, variances),
         figures=[_findings.Figure(file, caption) for file, caption in captions.items()],
+        text=text,
+        untrained=untrained(text, heldout, attention),
     )
 
 

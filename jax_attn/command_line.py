@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import sys
 import textwrap
 import typing
@@ -87,7 +88,7 @@ def parse_both(
 
 
 def check_positive(cfg: Any, within: str = "") -> None:
-    """Raise a ValueError that names a field that is an int below 1.
+    """Raise a ValueError that names a field that is an int below 1, or a float below 0 or infinite.
 
     Args:
       cfg: a dataclass; those in its fields are checked too.
@@ -101,6 +102,8 @@ def check_positive(cfg: Any, within: str = "") -> None:
             check_positive(value, f"{within}{field.name}.")
         elif type(value) is int and value < 1:  # a bool is no size
             raise ValueError(f"--{within}{field.name} must be at least 1, got {value}")
+        elif isinstance(value, float) and not 0 <= value < math.inf:
+            raise ValueError(f"--{within}{field.name} must be at least 0 and finite, got {value}")
 
 
 def _parse(

@@ -91,3 +91,14 @@ def test_sizes_within_a_config_are_checked_by_their_dotted_name():
     with pytest.raises(ValueError, match=r"--model\.D must be at least 1, got 0"):
         check_positive(Outer())
     check_positive(Outer(model=Inner(7)))
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("inf"), -float("inf")])
+def test_a_rate_is_neither_negative_nor_endless(rate):
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        rate: float = 0.0
+
+    check_positive(Outer())
+    with pytest.raises(ValueError, match=r"--rate must be at least 0 and finite, got -?(1|inf)"):
+        check_positive(Outer(rate))

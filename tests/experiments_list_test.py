@@ -18,14 +18,20 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "broken.py").write_text("def")
     (tmp_path / "silent.py").write_text("raise SystemExit('imported')")
     (tmp_path / "focus.py").write_text(
-        '"""Does [attention] focus?\n\nCommand: python -m experiments.focus\nMinutes: 2\n"""\n'
+        '"""Does [attention] focus?\n\nCommand: python -m experiments.focus\nMinutes: 2;\n  5 busy\n"""\n'
     )
     return tmp_path
 
 
 def test_reads_question_command_and_minutes(folder: Path) -> None:
     broken, focus, silent = listing.find(folder)
-    assert focus == ("focus", "Does [attention] focus?", "2", "python -m experiments.focus", "")
+    assert focus == (
+        "focus",
+        "Does [attention] focus?",
+        "2; 5 busy",
+        "python -m experiments.focus",
+        "",
+    )
     assert silent == ("silent", "(no docstring)", "", "", "")
     assert broken.question.startswith("(cannot be read: ")
 
@@ -39,8 +45,15 @@ def test_last_verdicts_are_counted(folder: Path, tmp_path: Path) -> None:
 
     held = [{"holds": value} for value in (True, False, None, True)]
     told = json.dumps({"verdicts": held, "date": "2026-11-22"})
-    assert said(told) == "2 hold, 1 do not, 1 undecided, 2026-11-22"
-    assert said(told.replace("verdicts", "claims")) == "2 hold, 1 do not, 1 undecided, 2026-11-22"
+    assert said(told) == "default: 2 hold, 1 do not, 1 undecided, 2026-11-22"
+    assert said(told.replace("verdicts", "claims")) == said(told)
+    for other in ("focus/quick", "gallery/focus"):
+        (path := tmp_path / "runs" / other / "summary.json").parent.mkdir(parents=True)
+        path.write_text(json.dumps({"verdicts": [{"holds": False}], "date": "2026-11-23"}))
+    both = "default: 2 hold, 1 do not, 1 undecided, 2026-11-22; quick: 1 do not, 2026-11-23; "
+    assert said(told) == both + "gallery: 1 do not, 2026-11-23"
+    for other in ("focus/quick", "gallery/focus"):
+        (tmp_path / "runs" / other / "summary.json").unlink()
     assert said("{}") == ""
     for broken in ("", "[]", '{"verdicts": [1]}', '{"verdicts": 1}'):
         assert said(broken).endswith("focus/summary.json cannot be read)")
@@ -65,7 +78,7 @@ def test_table_fits_any_terminal(
     listing.table(listing.find(folder))
     shown = capsys.readouterr().out
     assert shown
-    assert ("Does [attention] focus?" in shown) == (columns == "200")
+    assert ("Does [attention] focus?" in shown) == (columns in ("41", "200"))
 
 
 def test_unknown_argument_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -222,7 +222,7 @@ def test_verdicts_come_out_either_way() -> None:
     assert planted((0.1, 0.3, 0.2, 0.1, 0.1), 0.06, "entropy", 1.1) == [
         *(False, False, False, False, False, True, False, False)
     ]
-    assert planted((0.3, 0.1, 0.2, 0.1, 0.3), 0.06, "", 1.1)[5] is False
+    assert planted((0.3, 0.1, 0.2, 0.1, 0.3), 0.06, "", 1.1)[5] is not True
 
 
 @pytest.mark.parametrize(

@@ -210,9 +210,13 @@ def scores(ends: dict[str, list[float]], *, between: float = 0.05) -> dict[str, 
 def test_verdicts_come_out_either_way() -> None:
     good = {"deep": [0.6, 0.9], "one": [0.06, 0.1], "smeared": [0.31, 0.8]}
     bad = {"deep": [0.1, 0.4], "one": [0.2, 0.9], "smeared": [0.29, 0.06]}
+    without_deep = [v.holds for v in induction.verdicts(scores(bad))]
+    assert without_deep == [False, False, None, False], "one layer is judged beside two that do"
     assert [v.holds for v in induction.verdicts(scores(good))] == [True] * 4
-    assert [v.holds for v in induction.verdicts(scores(bad))] == [False] * 4
-    mixed = induction.verdicts(scores({"deep": [0.6, 0.1], "one": [0.05], "smeared": [0.5]}))
+    beside = induction.verdicts(scores(bad | {"deep": [0.6, 0.9]}))
+    assert [v.holds for v in beside] == [True, True, False, False]
+    ends = {"deep": [0.6, 0.1], "one": [0.05, 0.05], "smeared": [0.5, 0.6]}
+    mixed = induction.verdicts(scores(ends))
     assert [v.holds for v in mixed] == [None, None, True, True]
     # A head that rises evenly is a head, but does not jump.
     even = scores(good)

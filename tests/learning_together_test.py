@@ -222,18 +222,19 @@ def holds(
     losses = {name: loss + spread for name, loss in zip(AGAIN, again, strict=True)}
     part_RSL = np.full((4, 3, 2), 0.5)
     part_RSL[2, :, 1] = part
-    found = verdicts(STEPS, freezing, losses, np.full(3, error), part_RSL)
+    half = {"attention": 500 + 100 * spread, "mlp": 1000 * first + 100 * spread}
+    found = verdicts(STEPS, freezing, losses, np.full(3, error), part_RSL, half)
     return [v.holds for v in found]
 
 
 def test_verdicts_come_out_either_way() -> None:
     good, bad = (2.4, 2.3, 2.2, 2.2), (2.4, 2.2, 2.2, 2.3)
-    assert holds((0.2, 0.3, 0.6), 0.4, good, 1e-7, 0.94) == [True] * 8
+    assert holds((0.2, 0.3, 0.6), 0.4, good, 1e-7, 0.94) == [True] * 9
     assert holds((0.2, 0.3, 0.4), 0.9, bad, 1e-3, 0.96) == [
-        *(False, False, True, True, False, False, False, False)
+        *(False, False, True, True, False, False, False, False, False)
     ]
-    assert holds((0.0, -0.1, -0.3), 0.4, bad, 1e-3, 0.01) == [False] * 8
-    assert holds((0.2, 0.3, 0.6), 0.8, good, 1e-7, 0.94)[-1] is None, "seeds disagree"
+    assert holds((0.0, -0.1, -0.3), 0.4, bad, 1e-3, 0.01)[:7] == [False] * 7
+    assert holds((0.2, 0.3, 0.6), 0.8, good, 1e-7, 0.94)[7] is None, "seeds disagree"
 
 
 def test_a_cost_is_early_by_its_first_tenth() -> None:

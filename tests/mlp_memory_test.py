@@ -179,14 +179,17 @@ def numbers(shallow: list[float], agrees: list[float], deep: float = 0.3) -> dic
 
 def test_verdicts_come_out_either_way() -> None:
     init = numbers([0.5, 0.5], [0.03, 0.03], deep=0.1)
-    good = mlp_memory.verdicts(numbers([0.9, 0.7], [0.03, 0.2]), init)
+    places = {"last 3": np.array([0.17, 0.18])}
+    good = mlp_memory.verdicts(numbers([0.9, 0.7], [0.03, 0.2]), init, places)
     assert [v.holds for v in good] == [True] * 7
     leaky = numbers([0.5, 0.5], [0.2, 0.2], deep=0.3)
-    bad = mlp_memory.verdicts(numbers([0.3, 0.6], [0.2, 0.05]), leaky)
+    bad = mlp_memory.verdicts(numbers([0.3, 0.6], [0.2, 0.05]), leaky, places)
     assert [v.holds for v in bad] == [False] * 7
     mixed = numbers([0.9, 0.7], [0.03, 0.2])
     mixed["agrees"][1, 1] = 0.04
-    assert [v.holds for v in mlp_memory.verdicts(mixed, init)][4:6] == [None, None]
+    assert [v.holds for v in mlp_memory.verdicts(mixed, init, places)][4:6] == [None, None]
+    alike = {"last 3": np.array([0.28, 0.28])}  # random places, nearly as alike as triggers
+    assert mlp_memory.verdicts(mixed, init, alike)[1].holds is False
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ SIZES = ["--V=16", "--T=8", "--pairs=2", "--D=6", "--F=5", "--B=8", "--asked=16"
 TINY = [*SIZES, "--steps=2", "--every=1", "--seeds=2"]
 GOOD = {"attention": [1.0, 1.0], "alone": [1.0, 0.99], "static": [0.26, 0.3], "none": [0.008] * 2}
 BAD = {"attention": [0.9, 0.98], "alone": [0.2, 0.3], "static": [0.31, 0.9], "none": [0.02, 0.0]}
+NAMES = [0.99, 1.0]  # how often the static mixer names a value of the row
 
 
 @pytest.fixture
@@ -149,20 +150,32 @@ def test_wq_and_wk_are_frozen_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(("planted", "holds"), [(GOOD, True), (BAD, False)])
 def test_verdicts_come_out_either_way(planted, holds) -> None:
-    made = recall.verdicts(planted, V=256, pairs=4, questions=4096)
+    made = recall.verdicts(planted, NAMES, V=256, pairs=4, questions=4096)
     assert [verdict.holds for verdict in made] == [holds] * 4
     own = [1.0, 1.0] if holds else [0.5, 0.4]
     planted = planted | {"fixed": [0.3, 0.1] if holds else [0.9, 1.0]}
-    made = recall.verdicts(planted, V=256, pairs=4, questions=4096, own=own)
+    made = recall.verdicts(planted, NAMES, V=256, pairs=4, questions=4096, own=own)
     assert [verdict.holds for verdict in made] == [holds] * 6
+
+
+def test_what_was_not_trained_is_not_judged() -> None:
+    early = {name: [0.01, 0.01] for name in GOOD}
+    made = recall.verdicts(early, [0.02, 0.03], V=256, pairs=4, questions=4096)
+    assert [v.holds for v in made] == [False, False, None, None]
+    assert "no model with attention recalls" in made[3].measured
+    made = recall.verdicts(GOOD, [0.95, 0.5], V=256, pairs=4, questions=4096)
+    assert [v.holds for v in made] == [True, True, None, True]
+    assert "names no values of the row yet" in made[2].measured
 
 
 def test_the_band_of_a_guess_is_four_deviations() -> None:
     """Of 4,096 guesses 32 hit on average, with a deviation of 5.63."""
     for hits, holds in ((32, True), (10, True), (54, True), (9, False), (55, False)):
-        planted = GOOD | {"none": [hits / 4096]}
-        made = recall.verdicts(planted, V=256, pairs=4, questions=4096)[3]
+        planted = GOOD | {"none": [hits / 4096] * 2}
+        made = recall.verdicts(planted, NAMES, V=256, pairs=4, questions=4096)[3]
         assert made.holds is holds, hits
+    few = recall.verdicts(GOOD, NAMES, V=256, pairs=4, questions=100)[3]
+    assert few.expected.startswith("at least 0 and")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +187,7 @@ def test_the_band_of_a_guess_is_four_deviations() -> None:
         ("--T=14", "--T=14 must be even and at least 4 * --pairs=4"),
         ("--power=0", "--power must be above 0 and at most 1, got 0.0"),
         ("--learning_rate=0", "--learning_rate must be above 0, got 0.0"),
-        ("--weight_decay=-1", "--weight_decay must be at least 0, got -1.0"),
+        ("--weight_decay=-1", "--weight_decay must be at least 0 and finite, got -1.0"),
         ("--N=5", "N=5 must divide D=64"),
         ("--mesh=date=8", "a mesh looks like data=2"),
         ("--out=", "--out must name a folder"),

@@ -78,36 +78,31 @@ def holds(verdicts: list[_findings.Verdict]) -> list[bool | None]:
     return [verdict.holds for verdict in verdicts]
 
 
-def test_a_gate_has_three_answers() -> None:
-    assert _findings.gate("x", [1.0, 2.0], least=1.0).holds is True
-    assert _findings.gate("x", [1.0, 2.0], most=1.5).holds is None
-    assert _findings.gate("x", [1.0, 2.0], most=0.5).holds is False
-    assert _findings.gate("x", [np.nan, np.inf], least=0.0).holds is False
-    with pytest.raises(ValueError, match="at least one value"):
-        _findings.gate("x", [], least=0.0)
-    with pytest.raises(ValueError, match="least or most"):
-        _findings.gate("x", [1.0])
-
-
 def test_one_word_at_a_time_cannot_be_better_than_counting() -> None:
     floor = cat_on_the_mat.FLOOR
-    found = {"none": [floor + 1e-5], "uniform": [1e-4], "attention": [1e-4]}
+    found = {"none": [floor + 1e-5] * 2, "uniform": [1e-4] * 2, "attention": [1e-4] * 2}
     assert holds(cat_on_the_mat.verdicts(found)) == [True, True, True]
-    found = {"none": [floor - 0.1], "uniform": [floor], "attention": [1e-4, 0.1]}
+    found = {"none": [floor - 0.1] * 2, "uniform": [floor] * 2, "attention": [1e-4, 0.1]}
     assert holds(cat_on_the_mat.verdicts(found)) == [False, False, None]
 
 
 def test_a_matrix_holds_as_many_keys_as_it_has_features() -> None:
     bounds = {
-        (way, S): [fast_weights.bound(way, 4, S)] for way in fast_weights.WAYS for S in (8, 32)
+        (way, S): [fast_weights.bound(way, 4, S)] * 2
+        for way in fast_weights.WAYS
+        for S in (5, 8, 9, 32)
     }
-    assert bounds["linear", 8] == [0.25]
-    assert bounds["dpfp", 8] == [0.0]
+    assert bounds["linear", 8] == [0.25] * 2
+    assert bounds["dpfp", 8] == [0.0] * 2
     assert holds(fast_weights.verdicts(4, bounds)) == [True, True, True]
     for way in fast_weights.WAYS:
+        least = 9 if way == "dpfp" else 5  # one key more than features
         for planted in (0.05, -0.05):  # worse than the bound; better, which cannot be
-            found = bounds | {(way, 32): [fast_weights.bound(way, 4, 32) + planted]}
-            assert holds(fast_weights.verdicts(4, found)).count(False) == 1
+            for S in (least, 32):
+                found = bounds | {(way, S): [fast_weights.bound(way, 4, S) + planted] * 2}
+                assert holds(fast_weights.verdicts(4, found)).count(False) == 1
+    found = bounds | {("dpfp", 8): [0.2, 0.2]}
+    assert holds(fast_weights.verdicts(4, found)) == [True] * 3, "not beyond its 8 features"
 
 
 def test_the_best_answers_of_a_matrix_are_at_the_bound() -> None:
@@ -135,6 +130,26 @@ def test_the_slope_is_that_of_what_falls_by_powers() -> None:
     slow_L = 0.9 ** np.arange(40)
     np.testing.assert_allclose(rank_collapse.slopes(slow_L[None], "float64"), [1.0])
     assert np.isnan(rank_collapse.slopes(np.ones((1, 5)), "float64")).all()
+
+
+def test_what_is_left_of_tokens_is_judged_either_way() -> None:
+    cubed = np.array([[0.4**3**i for i in range(4)] + [1e-16]] * 2)
+    left = {"attention": 1e-7, "mlp": 1e-7, "half": 1e-7, "skip": 0.99, "both": 0.99}
+
+    def planted(turned: bool) -> dict[tuple[str, str, str], np.ndarray]:
+        made = {
+            (kind, init, "float32"): np.full((2, 5), 1 - r if turned else r)
+            for kind, r in left.items()
+            for init in rank_collapse.INITS
+        }
+        slow = 0.4 ** np.array([[1.0, 1.5, 2.2, 3.2, 4.5]] * 2)
+        return made | {("attention", "fan_in", "float64"): slow if turned else cubed}
+
+    assert holds(rank_collapse.verdicts(planted(turned=False))) == [True] * 8
+    assert holds(rank_collapse.verdicts(planted(turned=True))) == [False] * 8
+    seeds = planted(turned=False)
+    seeds["both", "gpt2", "float32"][0, -1] = 0.6
+    assert holds(rank_collapse.verdicts(seeds)) == [True] * 7 + [None]
 
 
 def test_what_is_left_of_equal_tokens_is_nothing() -> None:

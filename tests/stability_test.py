@@ -302,7 +302,7 @@ def test_verdicts_come_out_either_way() -> None:
         ("--rates=0,1", "--rates looks like 1,10,100, two at least; got '0,1'"),
         ("--rates=1,inf", "--rates looks like 1,10,100, two at least; got '1,inf'"),
         ("--tau=0", "--tau must be above 0, got 0.0"),
-        ("--weight=-1", "--weight must be above 0, got -1.0"),
+        ("--weight=0", "--weight must be above 0, got 0.0"),
         ("--floor=9", "--floor must lie between 0 and log(T) = 4.159 nats"),
         ("--model.N=64", "--model.N=64 heads must divide --model.D=64 into even widths"),
         ("--mesh=date=8", "a mesh looks like data=2"),
