@@ -18,7 +18,10 @@ PNG = b"\x89PNG\r\n\x1a\n"
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-MADE = ("date", "device", "machine", "python", "jax", "flax", "optax")
+MADE = (
+    *("date", "device", "machine", "processor", "python", "jax", "jaxlib", "numpy", "flax"),
+    "optax",
+)
 
 STYLE = """
 :root { color-scheme: light dark; --page: light-dark(#fff, #12161c);
@@ -51,7 +54,9 @@ section { border-top: 1px solid var(--line); margin-top: 2.6rem; padding-top: 1.
 .verdicts dl { margin: 0 } .verdicts div { display: flex; gap: .5rem }
 .verdicts dt { color: var(--faint); font-size: .9rem; flex: 0 0 5.2rem } .verdicts dd { margin: 0 }
 figure { margin: 1.4rem 0 }
-figure img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; padding: 6px }
+figure div { overflow-x: auto }
+figure img { max-width: max(100%, 34rem); height: auto; background: #fff; border-radius: 4px;
+  padding: 6px }
 .wide { overflow-x: auto; border-bottom: 1px solid var(--line) }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
   overflow-wrap: normal }
@@ -177,10 +182,46 @@ def page(entries: Sequence[Entry], *, title: str, facts: Mapping[str, str]) -> s
         f'<meta http-equiv=Content-Security-Policy content="{policy}">'
         f"<title>{text(title)}</title><meta name=viewport content='width=device-width'>"
         f"<style>{STYLE}</style><h1>{text(title)}</h1>"
-        f"<p class=count>{total}</p><p class=faint>{told}</p>{missing}"
+        f"<p class=count>{total}</p><p class=faint>{told}</p><p class=faint>{_reading(entries)}</p>"
+        f"{missing}"
         f"<ul class=index>{''.join(map(_card, entries))}</ul>"
         f"{''.join(map(_section, entries))}\n"
     )
+
+
+def _reading(entries: Iterable[Entry]) -> str:
+    """Say how numbers are to be read, and which runs are of one seed."""
+    how = (
+        "Numbers are the mean of seeds [least, largest]. A verdict holds if every seed says so, "
+        "and of a difference if the 95 % interval of its mean does; one seed decides identities "
+        "alone, and models that have not learned enough decide nothing."
+    )
+    found = [entry for entry in entries if entry.summary]
+    single = [entry.name for entry in found if entry.summary and _seeds(entry.summary) == 1]
+    if single:
+        how += f" Of one seed, {len(single)} of {len(found)}: {', '.join(single)}."
+    if any(entry.summary and entry.summary.get("preset") == "quick" for entry in found):
+        how += " Quick presets are small, and show that things run, not what is true at any size."
+    return text(how)
+
+
+def _seeds(summary: Mapping[str, Any]) -> Any:
+    config = summary.get("config")
+    return config.get("seeds") if isinstance(config, dict) else None
+
+
+def _options(config: Any, within: str = "") -> list[str]:
+    """Write a config as options of the command line."""
+    if not isinstance(config, dict):
+        return []
+    made = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            made += _options(value, f"{within}{name}.")
+        elif value != "" and name != "out":
+            shown = str(value).lower() if isinstance(value, bool) else value
+            made.append(f"{within}{name}={shown}")
+    return made
 
 
 def text(value: Any) -> str:
@@ -255,8 +296,10 @@ def _figures(entry: Entry) -> str:
         width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
         image = base64.b64encode(content).decode()
         made.append(
-            f'<figure><img alt="{caption}" width={width} height={height} '
-            f'src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>'
+            f"<figure><div tabindex=0 role=region aria-label=figure>"
+            f'<img alt="{caption}" width={width} height={height} '
+            f'src="data:image/png;base64,{image}"></div>'
+            f"<figcaption>{caption}</figcaption></figure>"
         )
     return "".join(made)
 
@@ -283,9 +326,11 @@ def _facts(entry: Entry) -> str:
     if entry.summary:
         made = (f"{name} {entry.summary[name]}" for name in MADE if entry.summary.get(name))
         facts["measured on"] = text(", ".join(made))
+        options = (f"<span>{text(word)}</span>" for word in _options(entry.summary.get("config")))
+        facts["config"] = " ".join(options)
     if entry.revision:
         facts["revision"] = text(entry.revision)
-    rows = "".join(f"<dt>{name}<dd>{value}" for name, value in facts.items())
+    rows = "".join(f"<dt>{name}<dd>{value}" for name, value in facts.items() if value)
     return f"<dl class=facts>{rows}</dl>"
 
 

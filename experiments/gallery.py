@@ -127,12 +127,14 @@ def plans(cfg: Config, folder: pathlib.Path = FOLDER) -> list[Plan]:
       would be removed.
     """
     known = participants(folder)
-    asked = cfg.only.split(",") if cfg.only else known
+    asked = [name.strip() for name in cfg.only.split(",") if name.strip()] or known
     if unknown := [name for name in asked if name not in known]:
         raise ValueError(f"--only: no experiment {unknown[0]!r}; there are {', '.join(known)}")
     made = []
     for name in dict.fromkeys(asked):
         out = pathlib.Path(cfg.out) / name
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out: {out} is a file; name another folder")
         if (out / "summary.json").exists() and not (out / OUTPUT).exists():
             raise ValueError(
                 f"--out: {out} has a run that is none of a gallery; name another folder"

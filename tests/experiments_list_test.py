@@ -18,7 +18,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "broken.py").write_text("def")
     (tmp_path / "silent.py").write_text("raise SystemExit('imported')")
     (tmp_path / "focus.py").write_text(
-        '"""Does [attention] focus?\n\nCommand: python -m experiments.focus\nMinutes: 2;\n  5 busy\n"""\n'
+        '"""Does [attention] focus?\n\nCommand: python -m experiments.focus\n'
+        'Minutes: 2;\n  5 busy\n"""\n'
     )
     return tmp_path
 
