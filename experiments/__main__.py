@@ -1,7 +1,8 @@
 """List the experiments: each file's question, how long it takes, its command and its last verdicts.
 
 Verdicts are those of the runs in this folder: runs/NAME of the default preset, runs/NAME/quick and
-runs/NAME/tpu of the others, and runs/gallery/NAME.
+runs/NAME/tpu of the others, and runs/gallery/NAME. "published" are those that experiments/README.md
+speaks of, experiments/results/NAME.json.
 
 Command: python -m experiments
 Minutes: 0
@@ -64,6 +65,7 @@ def read(path: Path, runs: Path = RUNS) -> Experiment:
 
     question = lines[0] if lines else "(no docstring)"
     said = {
+        "published": verdicts(path.parent / "results" / f"{path.stem}.json"),
         "default": verdicts(runs / path.stem / "summary.json"),
         "quick": verdicts(runs / path.stem / "quick" / "summary.json"),
         "tpu": verdicts(runs / path.stem / "tpu" / "summary.json"),

@@ -165,10 +165,9 @@ def verdicts(
         ),
         gate("freezing attention costs loss", attention, least=MARGIN, source=own),
         gate("freezing the MLPs costs loss", mlps, least=MARGIN, source=own),
-        gate(
+        positive(
             "freezing both costs more than the two costs added",
             both - attention - mlps,
-            least=0.0,
             source="each makes up for the other",
         ),
         gate(

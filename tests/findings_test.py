@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import __main__ as listing
 from experiments import _character, _findings, gallery
 from experiments._findings import Answer, Figure, gate, moot, positive
 from jax_attn import data, make_mesh
@@ -163,3 +164,19 @@ def test_every_experiment_has_a_folder_for_each_preset(name: str) -> None:
     assert module.PRESETS["default"] == {}
     for preset in ("quick", "tpu"):
         assert module.PRESETS[preset]["out"] == f"runs/{name}/{preset}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((gallery.ROOT / "experiments" / "results").glob("*.json")), ids=lambda p: p.stem
+)
+def test_published_results_are_of_the_experiment_as_it_asks_today(path: pathlib.Path) -> None:
+    made = json.loads(path.read_text(encoding="utf-8"))
+    asked = listing.read(gallery.ROOT / "experiments" / f"{path.stem}.py")
+    module = __import__(f"experiments.{path.stem}", fromlist=["Config"])
+    default = dataclasses.asdict(module.Config())
+    assert made["question"] == asked.question
+    assert made["preset"] == "default"
+    assert made["config"] == {name: x for name, x in default.items() if name != "out"}
+    assert {"revision", "date", "device", "machine", "jax", "python"} <= made.keys()
+    assert made["verdicts"]
+    assert all(v["verdict"] == _findings.WORDS[v["holds"]] for v in made["verdicts"])
