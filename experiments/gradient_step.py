@@ -194,6 +194,8 @@ def figure(cfg: Config, learned: Mapping[int, Learned]) -> matplotlib.figure.Fig
         ours_B = answer(first(found.params), rows["tokens_BTD"])
         right.plot(descent(rows["tokens_BTD"]), ours_B, ".", color=color, ms=3, alpha=0.6)
     left.set(xlabel="step", ylabel="mean squared error", yscale="log")
+    for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     left.text(0.98, 0.95, "dashed: d (d + 1) / (N + d + 1)", color="#57606a", ha="right",
               transform=left.transAxes)  # fmt: skip
     ends = right.get_xlim()

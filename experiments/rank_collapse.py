@@ -208,9 +208,10 @@ def verdicts(found: Mapping[tuple[str, str, str], np.ndarray]) -> list[_findings
 
 
 def figure(found: Mapping[tuple[str, str, str], np.ndarray]) -> matplotlib.figure.Figure:
-    """Draw r against depth for both precisions."""
-    made = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, precision in zip(made.subplots(1, 2, sharey=True), SIZES, strict=True):
+    """Draw r against depth for both precisions, and what skips leave once more without logs."""
+    made = matplotlib.figure.Figure(figsize=(11, 3.6), layout="constrained")
+    *logs, last = made.subplots(1, 3)
+    for axes, precision in zip(logs, SIZES, strict=True):
         floor = float(np.finfo(precision).eps)
         for (kind, init, at), r_SL in found.items():
             if at != precision:
@@ -224,11 +225,20 @@ def figure(found: Mapping[tuple[str, str, str], np.ndarray]) -> matplotlib.figur
         axes.set(yscale="log", xlabel="layer", ylim=(1e-17, 4))
         axes.set_title(f"{precision}, D = {SIZES[precision]['D']}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    made.axes[0].set_ylabel("r: what is left of differences")
+    logs[0].set_ylabel("r: what is left of differences")
+    for (kind, init, at), r_SL in found.items():
+        if at == "float32" and kind in ("skip", "both"):
+            style = "-" if init == "fan_in" else (0, (1, 1.5))
+            last.plot(range(r_SL.shape[1]), r_SL.T, color=COLORS[kind], ls=style, lw=1.4)
+    last.axhline(0.95, color="#57606a", lw=0.8, ls=(0, (4, 3)))
+    last.text(0, 0.94, "0.95", color="#57606a", va="top")
+    last.set(xlabel="layer", ylim=(0, 1.03))
+    last.set_title("with a skip beside attention, float32", fontsize=10)
+    last.spines[["top", "right"]].set_visible(False)
     labels = [*((title, COLORS[kind]) for kind, title in KINDS.items())]
     for i, (title, color) in enumerate([*labels, ("dotted: GPT-2's init", "#57606a")]):
         y = 0.86 - 0.075 * i
-        made.axes[1].text(0.46, y, title, color=color, transform=made.axes[1].transAxes)
+        logs[1].text(0.42, y, title, color=color, transform=logs[1].transAxes, fontsize=9)
     return made
 
 
@@ -254,7 +264,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
     save(figure(found), out / "rank_collapse.png")
     caption = (
         "What is left of the tokens' differences through layers at random init. Without a skip "
-        "beside attention it is gone after four layers, with an MLP or without."
+        "beside attention it is gone after four layers, with an MLP or without. Means of seeds on "
+        "the left, a line a seed on the right."
     )
     return _findings.Answer(
         table=table,

@@ -82,6 +82,11 @@ def read_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
             )
         seen.add(name)
         sizes[name] = int(size)
+    if (product := math.prod(sizes.values())) != len(devices):
+        raise ValueError(
+            f"a mesh of {text} has {product} devices, but there are {len(devices)}; name sizes "
+            f"whose product is {len(devices)}, such as data={len(devices)}"
+        )
     return make_mesh(
         data=sizes["data"],
         fsdp=sizes["fsdp"],
