@@ -16,7 +16,7 @@ A jump: the best head rises by more than half of its whole rise between two meas
 there are 20 in the default training. Without a head (score below 0.5) there is no jump.
 
 Command: python -m experiments.induction
-Minutes: 30 on 2 CPU cores; --preset=quick about 1; --preset=tpu has not been run yet
+Minutes: 29 on one busy CPU core; --preset=quick about 1; --preset=tpu has not been run yet
 Expected: two layers at least 0.5, and a jump; one layer at most 0.1; smeared keys above 0.3
   (Olsson 2022, arguments 1 and 2; bounds set from a small run). Frozen Wq and Wk: open, no gate. A
   small run had no head in 3,000 steps; arXiv:2506.01115 says that they form

@@ -331,6 +331,9 @@ def length_figure(
             ax.plot(values, np.full(len(values), row), "o", color=color, ms=6, alpha=0.8)
         values = near.get(name, [])
         ax.plot(values, np.full(len(values), row), "o", color=SHORT, ms=6, mfc="none")
+        if max(loss[name]) == 1:
+            at = float(np.max([*loss[name][1], *values]))
+            ax.text(at + 0.05, row, "no rows beyond T: cannot be run", color=SHORT, va="center")
     ax.set_yticks(range(len(made)), [way.title for way in made.values()])
     ax.set_ylim(len(made) - 0.4, -1.2)
     names = [("T", COLORS[0]), ("T, slid (open)", SHORT), ("2T", COLORS[1]), ("4T", COLORS[2])]
