@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments._entropy_bound import SIGMAS, least_entropy
 
@@ -106,10 +107,13 @@ def heads(
         axes.set_ylabel(label)
         if scale == "linear":
             axes.set_ylim(0, None)
-    for i, (rate, shade) in enumerate(zip(rates, shades, strict=True)):
-        x = 0.03 + 0.97 * i / len(rates)
-        panels[3, 0].text(x, 0.93, f"{rate:.2g}", color=shade, transform=panels[3, 0].transAxes)
-    panels[3, 0].text(
-        0.03, 0.8, "learning rate", color=GREY, fontsize=8, transform=panels[3, 0].transAxes
+    named = figure.legend(
+        handles=[Line2D([], [], color=shade, lw=2) for shade in shades],
+        labels=[f"{rate:.2g}" for rate in rates],
+        title="learning rate",
+        loc="outside upper center",
+        ncols=len(rates),
+        frameon=False,
     )
+    named.get_title().set_color(GREY)
     return figure

@@ -231,7 +231,7 @@ def figure(found: Mapping[tuple[str, str, str], np.ndarray]) -> matplotlib.figur
             style = "-" if init == "fan_in" else (0, (1, 1.5))
             last.plot(range(r_SL.shape[1]), r_SL.T, color=COLORS[kind], ls=style, lw=1.4)
     last.axhline(0.95, color="#57606a", lw=0.8, ls=(0, (4, 3)))
-    last.text(0, 0.94, "0.95", color="#57606a", va="top")
+    last.text(depth[-1], 0.94, "0.95", color="#57606a", ha="right", va="top")
     last.set(xlabel="layer", ylim=(0, 1.03))
     last.set_title("with a skip beside attention, float32", fontsize=10)
     last.spines[["top", "right"]].set_visible(False)
