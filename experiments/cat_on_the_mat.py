@@ -7,7 +7,7 @@ words before tells the two apart, be it attention or a plain mean. So this sente
 context is needed; it does not show that scores have to depend on the input.
 
 Command: python -m experiments.cat_on_the_mat
-Minutes: 0.2 on 2 CPU cores; --preset=tpu has not been run yet
+Minutes: 0.5 on 2 busy CPU cores; --preset=tpu has not been run yet
 Expected: without mixing exactly (2/5) ln 2 = 0.277259 nats, by counting; with a uniform mean and
   with attention below 0.001
 Writes: runs/cat_on_the_mat/summary.json, metrics.jsonl, cat_on_the_mat.png

@@ -7,7 +7,7 @@ of d features against values: S answers come from a matrix of rank d, so the mea
 makes d = H features, DPFP-1 d = 2 H. softmax's features have no end, and no such bound.
 
 Command: python -m experiments.fast_weights
-Minutes: 3 on 2 CPU cores; --preset=tpu has not been run yet
+Minutes: 2 on 2 busy CPU cores; --preset=tpu has not been run yet
 Expected: beyond d keys exactly the bound, within 0.01; softmax 0 (arXiv:2102.11174, section 6.1).
   At d keys and fewer the bound is 0, which training from random keys does not always reach.
 Writes: runs/fast_weights/summary.json, metrics.jsonl, fast_weights.png

@@ -6,7 +6,7 @@ on the pairs, with the best step size: an error of d (d + 1) / (N + d + 1). Its 
 learn, the context what.
 
 Command: python -m experiments.gradient_step
-Minutes: 1.3 on 2 CPU cores; --preset=tpu has not been run yet
+Minutes: 3 on 2 busy CPU cores; --preset=tpu has not been run yet
 Expected: error within 1 % of d (d + 1) / (N + d + 1) for N = 10, 20, 40 (w, x standard normal), and
   the answers of that step (von Oswald et al., arXiv:2212.07677)
 Writes: runs/gradient_step/summary.json, metrics.jsonl, gradient_step.png

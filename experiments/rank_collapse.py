@@ -8,7 +8,7 @@ skip beside attention does not stop that; the skip does. How well depends on the
 leads out of a part divided by sqrt(2 L)) it hardly falls. Each part reads its normed input.
 
 Command: python -m experiments.rank_collapse
-Minutes: 1 on 2 CPU cores; --preset=tpu has not been run yet
+Minutes: 2 on 2 busy CPU cores; --preset=tpu has not been run yet
 Expected: log r of a layer is 3 times (2.4 to 3.6) that of the layer before, up to a constant, until
   rounding ends it; with a skip r stays above 0.95 at layer 12 (arXiv:2103.03404, and small runs)
 Writes: runs/rank_collapse/summary.json, rank_collapse.png
