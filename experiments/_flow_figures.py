@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments._curves import name_ends
 from experiments._report import save
 from jax_attn.view import plot_heads, plot_statistic_over_training
 
@@ -75,19 +76,7 @@ def loss_figure(trained: dict[str, Any]) -> Figure:
     top = high + max(1.2 * (high - low), 0.5)
     ax.set_ylim(low - 0.08 * (top - low), top)
     ax.set_xlim(0, steps[-1])
-    # Labels beside the lines' ends, pushed apart where lines end close together.
-    gap, y = 0.055 * (top - low), -np.inf
-    for end, label, color in sorted(ends):
-        y = max(end, y + gap)
-        ax.annotate(
-            label,
-            (steps[-1], end),
-            xytext=(1.02, y),
-            textcoords=ax.get_yaxis_transform(),
-            color=color,
-            va="center",
-            annotation_clip=False,
-        )
+    name_ends(ax, ends)
     ax.set_xlabel("step")
     ax.set_ylabel("held-out bits per byte")
     _plain(ax)

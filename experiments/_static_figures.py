@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments._curves import band, name_ends
 from experiments._static_ladder import DYNAMIC, LADDER, STATIC, columns
 
 TITLES = {
@@ -54,20 +55,15 @@ def loss_figure(steps: Sequence[int], curves: Mapping[str, Any], counts: Any) ->
             ax.axhline(loss, color=GREY, lw=0.7, ls=(0, (4, 3)), zorder=0)
         names = [name for name in LADDER if name + suffix in curves]
         for name in names:
-            loss_RS, color = curves[name + suffix], COLORS[name]
-            ax.plot(steps, loss_RS.mean(1), color=color, lw=1.8)
-            ax.fill_between(steps, loss_RS.min(1), loss_RS.max(1), color=color, alpha=0.2, lw=0)
+            band(ax, steps, curves[name + suffix], COLORS[name])
         ends = [curves[name + suffix][-1].mean() for name in names]
-        for name, end, y in zip(names, ends, _apart(ends, 0.9 * margin), strict=True):
-            ax.annotate(
-                f"{TITLES[name]}  {end:.2f}",
-                (1.02, y),
-                xycoords=ax.get_yaxis_transform(),
-                color=COLORS[name],
-                fontsize=9,
-                va="center",
-                annotation_clip=False,
-            )
+        name_ends(
+            ax,
+            [
+                (end, f"{TITLES[name]}  {end:.2f}", COLORS[name])
+                for name, end in zip(names, ends, strict=True)
+            ],
+        )
         ax.set_title(column, fontsize=11, loc="left")
         _plain(ax)
     panels[0].set_ylabel("held-out loss, nats a byte")
@@ -146,17 +142,8 @@ def _variances(ax: Any, steps: Sequence[int], variances: Mapping[str, Any]) -> N
         value = "exactly 0" if max(still) == 0 else f"{max(still):.1g}"
         lines.append((max(still), f"static ones: {value}", COLORS["none"]))
     top = max(ax.get_ylim()[1], 1e-6)
-    for (_, label, color), y in zip(lines, _apart([x for x, *_ in lines], 0.06 * top), strict=True):
-        ax.annotate(
-            label,
-            (1.02, y),
-            xycoords=ax.get_yaxis_transform(),
-            color=color,
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-        )
     ax.set(xlim=(0, steps[-1]), ylim=(-0.02 * top, top), xlabel="step")
+    name_ends(ax, lines)
     ax.set_ylabel("variance of a row of the matrix across inputs")
     if len(columns(variances)) == 2:
         ax.set_title("solid with MLP, dashed without", fontsize=9, loc="left", color=GREY)
@@ -172,21 +159,6 @@ def _named(counts: Sequence[float], gap: float) -> list[tuple[float, str]]:
         else:
             named.append((float(loss), f"order {order}"))
     return named
-
-
-def _apart(values: Sequence[float], gap: float) -> np.ndarray:
-    """Move numbers no further than it takes for no two to be nearer than a gap, for labels."""
-    order = np.argsort(values)
-    room = gap * np.arange(len(values))
-    free = np.asarray(values)[order] - room
-    # The nearest rising sequence in least squares (isotonic regression, as max of min of means).
-    ends = range(len(free))
-    rising = [
-        max(min(free[j : k + 1].mean() for k in ends[i:]) for j in ends[: i + 1]) for i in ends
-    ]
-    moved = np.empty(len(values))
-    moved[order] = rising + room
-    return moved
 
 
 def _plain(ax: Any) -> None:

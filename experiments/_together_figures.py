@@ -1,4 +1,4 @@
-"""Figures of `learning_together`: curves of several seeds, named where they end."""
+"""The pictures of `learning_together`: costs and losses along the training, and two routes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,6 +7,8 @@ import matplotlib.axes
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+
+from experiments._curves import band, name_ends
 
 GREY = "#57606a"
 COLORS = {"attention": "#0072B2", "mlp": "#D55E00"}
@@ -48,7 +50,7 @@ def learning_figure(
     costs = [cost_RS[-1].mean() for cost_RS in freezing.values()]
     for cost_RS, color in zip(freezing.values(), FROZEN, strict=True):
         band(left, steps, cost_RS, color)
-    name_ends(left, list(zip(costs, freezing, FROZEN, strict=True)))
+    finish(left, list(zip(costs, freezing, FROZEN, strict=True)))
     left.set_ylabel("cost, nats a byte")
     for part, cost_RS in damage.items():
         band(middle, steps, cost_RS, COLORS[part])
@@ -58,7 +60,7 @@ def learning_figure(
                 middle.plot([at], [level], "o", ms=4.5, color=COLORS[part], mec="white", zorder=4)
     middle.axhline(0, color=GREY, lw=0.7, ls=(0, (4, 3)), zorder=0)
     ends = [(cost_RS[-1].mean(), TITLES[part], COLORS[part]) for part, cost_RS in damage.items()]
-    name_ends(middle, ends)
+    finish(middle, ends)
     middle.set_ylabel("cost, nats a byte")
     for curve, color in zip(again.values(), AGAIN, strict=True):
         band(right, curve.steps, curve.loss_RS, color)
@@ -67,7 +69,7 @@ def learning_figure(
     low, high = min(x.min() for x in shown), max(x.max() for x in shown)
     right.set_ylim(low - 0.05 * (high - low), high)
     losses = [curve.loss_RS[-1].mean() for curve in again.values()]
-    name_ends(right, list(zip(losses, again, AGAIN, strict=True)))
+    finish(right, list(zip(losses, again, AGAIN, strict=True)))
     right.set_ylabel("held-out loss, nats a byte")
     return made
 
@@ -97,7 +99,7 @@ def routes_figure(
             band(axes, steps, x_RSL[:, :, layer], color)
             ends.append((x_RSL[-1, :, layer].mean(), f"layer {layer + 1}", color))
         axes.axhline(0, color=GREY, lw=0.7, ls=(0, (4, 3)), zorder=0)
-        name_ends(axes, ends)
+        finish(axes, ends)
     share.set_title("share that came through the MLP", fontsize=10, loc="left")
     share.set_ylabel("⟨g_MLP, g⟩ / ⟨g, g⟩")
     cosine.set_title("do the routes agree?", fontsize=10, loc="left")
@@ -112,34 +114,13 @@ def routes_figure(
             ends.append((norm_RSL[-1].mean(), TITLES[part], COLORS[part]))
         axes.set(yscale="log", ylabel=f"norm of a layer's {word}")
         axes.set_title(f"{word}s; darker: later layers", fontsize=10, loc="left")
-        name_ends(axes, ends)
+        finish(axes, ends)
     return made
 
 
-def band(axes: matplotlib.axes.Axes, steps: Any, curve_RS: np.ndarray, color: Any) -> None:
-    """Draw the mean of seeds, and a band from the least to the largest."""
-    axes.plot(steps, curve_RS.mean(1), color=color, lw=1.7)
-    axes.fill_between(steps, curve_RS.min(1), curve_RS.max(1), color=color, alpha=0.2, lw=0)
-
-
-def name_ends(axes: matplotlib.axes.Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
-    """Name curves beside their ends, and keep the names apart."""
+def finish(axes: matplotlib.axes.Axes, ends: Sequence[tuple[float, str, Any]]) -> None:
+    """Name curves over steps beside their ends."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", nbins=5)
-    axes.set_ylim(axes.get_ylim())  # before places are asked for: limits are found lazily
-    place = axes.transData + axes.transAxes.inverted()
-    last, taken = -np.inf, []
-    for value, title, color in sorted(ends, key=lambda end: end[0]):
-        last = max(last + 0.065, float(place.transform((0, value))[1]))
-        taken.append((last, title, color))
-    for y, title, color in taken:
-        axes.annotate(
-            title,
-            (1.02, y),
-            xycoords="axes fraction",
-            color=color,
-            fontsize=8.5,
-            va="center",
-            annotation_clip=False,
-        )
+    name_ends(axes, ends)

@@ -38,6 +38,7 @@ import matplotlib.figure
 import numpy as np
 import optax
 
+from experiments._curves import name_ends
 from experiments._findings import Answer, Figure, Verdict, gate, moot, run, script
 from experiments._learn import Learned, check_rows, learn
 from experiments._report import save
@@ -322,11 +323,8 @@ def figure(cfg: Config, learned: Mapping[str, Learned]) -> matplotlib.figure.Fig
         axes.axhline(guess, color="#57606a", lw=0.8, ls=(0, (4, 3)))
         below = guess - 0.035 if guess > 0.1 else guess + 0.02  # off the lines that lie on it
         axes.text(cfg.steps / 2, below, f"guess: {of}", fontsize=7, color="#57606a")
-    above = 1.0 + 0.065
-    for i, (end, title, color) in enumerate(sorted(ends, reverse=True)):
-        above = max(min(end, above - 0.065), 0.065 * (len(ends) - 1 - i))
-        axes.text(1.02 * cfg.steps, above, title, color=color, fontsize=8, va="center")
     axes.set(xlim=(0, cfg.steps), ylim=(-0.02, 1.03), xlabel="step")
+    name_ends(axes, ends)
     axes.set_ylabel("share of questions answered, fresh rows")
     axes.spines[["top", "right"]].set_visible(False)
     return made
