@@ -3,8 +3,9 @@
 Multi-query associative recall (MQAR, arXiv:2312.04927). A row opens with a few pairs of a key and a
 value, new ones in every row; then keys are asked again, each once, and after each the model is to
 say its value. Nothing about the pairs can be stored in parameters, so recall has to be done from
-the context. Same model, other mixing: attention with and without MLP, attention whose Wq and Wk
-stay at their random init, a learned static mixer, no mixing.
+the context. Same model, other mixing, each with and without MLP: attention, attention whose Wq and
+Wk stay at their random init, a learned static mixer; and an MLP without mixing. A static matrix
+moves at sqrt(D) times the rate, without decay, as in `static_vs_dynamic`: its logits are wide.
 
 Data as in the paper's code: keys are distinct tokens of the lower half of the vocabulary, values of
 the upper half; after the pairs every second place may ask, and the places are drawn without
@@ -34,13 +35,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import optax
 
-from experiments._curves import name_ends
 from experiments._findings import Answer, Figure, Verdict, gate, moot, run, script
-from experiments._learn import Learned, check_rows, learn
+from experiments._learn import check_rows, learn
+from experiments._recall_figure import ALONE, figure
 from experiments._report import save
 from jax_attn import (
     count,
@@ -58,10 +58,6 @@ from jax_attn.command_line import check_positive
 from jax_attn.report import training_progress
 
 FROZEN = ("wq_DNH", "wk_DKH")
-COLORS = {
-    **{"attention": "#0072B2", "alone": "#56B4E9", "frozen": "#D55E00"},
-    **{"static": "#CC79A7", "none": "#009E73", "fixed": "#E69F00"},
-}
 FRESH, FIXED = 3, 4  # keys of the rows that are asked in every measurement, and of the fixed set
 
 
@@ -119,6 +115,7 @@ class Model(NamedTuple):
     init: Callable[[jax.Array], Any]
     batch: Callable[[jax.Array], Rows]
     frozen: tuple[str, ...] = ()
+    static: bool = False
 
 
 def check(cfg: Config) -> jax.sharding.Mesh:
@@ -155,13 +152,16 @@ def models(cfg: Config) -> dict[str, Model]:
     both = partial(lm, layer=partial(init_block, D=cfg.D, attention=attends, mlp=feeds))
     alone = partial(lm, layer=partial(init_block, D=cfg.D, attention=attends))
     static = partial(lm, layer=partial(init_block, D=cfg.D, mixer=mixes, mlp=feeds))
+    static_alone = partial(lm, layer=partial(init_block, D=cfg.D, mixer=mixes))
     none = partial(lm, layer=partial(init_block, D=cfg.D, mlp=feeds))
     fresh = partial(fresh_rows, cfg, cfg.B)
     made = {
         "attention": Model("attention, MLP", both, fresh),
-        "alone": Model("attention alone", alone, fresh),
+        "attention alone": Model("attention alone", alone, fresh),
         "frozen": Model("Wq, Wk frozen, MLP", both, fresh, FROZEN),
-        "static": Model("static mixer, MLP", static, fresh),
+        "frozen alone": Model("Wq, Wk frozen alone", alone, fresh, FROZEN),
+        "static": Model("static mixer, MLP", static, fresh, static=True),
+        "static alone": Model("static mixer alone", static_alone, fresh, static=True),
         "none": Model("MLP alone", none, fresh),
     }
     if cfg.fixed:
@@ -171,8 +171,15 @@ def models(cfg: Config) -> dict[str, Model]:
 
 
 def optimizer(cfg: Config, model: Model) -> optax.GradientTransformation:
-    """Make AdamW; frozen leaves do not decay either."""
-    tx = optax.adamw(cfg.learning_rate, weight_decay=cfg.weight_decay)
+    """Make AdamW; frozen leaves do not decay either, and logits of a static mixer move faster."""
+
+    def decayed(params: Any) -> Any:
+        logits = jax.tree_util.DictKey("logits_NTS")
+        return jax.tree_util.tree_map_with_path(lambda path, _: logits not in path, params)
+
+    tx = optax.adamw(cfg.learning_rate, weight_decay=cfg.weight_decay, mask=decayed)
+    if model.static:
+        return train.scale_rates(tx, {"logits_NTS": cfg.D**0.5})
     return train.freeze(tx, model.frozen) if model.frozen else tx
 
 
@@ -247,7 +254,7 @@ def measure(cfg: Config, params: Any) -> dict[str, jax.Array]:
 
 def verdicts(
     accuracy: Mapping[str, Any],
-    named: Any,
+    named: Mapping[str, Any],
     *,
     V: int,
     pairs: int,
@@ -258,7 +265,7 @@ def verdicts(
 
     Args:
       accuracy: by model, on fresh rows, one for each seed.
-      named: how often the static mixer names one of the row's values, one for each seed.
+      named: how often a model names one of the row's values.
       V: vocabulary; half of it are values.
       pairs: in a row.
       questions: how many were asked to measure an accuracy.
@@ -266,31 +273,35 @@ def verdicts(
     Returns: a verdict for each gate.
     """
     guess = 2 / V
-    best = max(accuracy["attention"], accuracy["alone"], key=lambda x: float(np.mean(x)))
-    unlearned = "not judged: no model with attention recalls" if np.mean(best) < 0.9 else ""
-    idle = "not judged: it names no values of the row yet" if np.min(named) < 0.9 else ""
+    best = max(float(np.mean(accuracy[f"attention{end}"])) for end in ("", ALONE))
+    unlearned = "not judged: no model with attention recalls"
+    idle = "not judged: it names no values of the row yet"
     # Values of a row are distinct, so hits scatter no more than independent ones.
     band = 4 * math.sqrt(guess * (1 - guess) / questions)
     paper = "arXiv:2312.04927, figure 2"
     made = [
         gate("attention, MLP recalls", accuracy["attention"], least=0.99, source=paper),
-        gate("attention alone recalls", accuracy["alone"], least=0.99, source=paper),
-        gate(
-            "a static mixer does no better than to name one of the row's values",
-            accuracy["static"],
+        gate("attention alone recalls", accuracy["attention alone"], least=0.99, source=paper),
+    ]
+    for name, title in (("static", "a static mixer, MLP,"), ("static alone", "and alone")):
+        verdict = gate(
+            f"{title} does no better than to name one of the row's values",
+            accuracy[name],
             most=1 / pairs + 0.05,
             source=f"a guess among {pairs}, and 0.05",
-        ),
+        )
+        made.append(moot(verdict, idle) if np.min(named[name]) < 0.9 else verdict)
+    made.append(
         gate(
             "without mixing the answer is a guess among all values",
             accuracy["none"],
             least=max(0.0, guess - band),
             most=guess + band,
             source=f"1/{V // 2}, 4 standard deviations of {questions:,} guesses",
-        ),
-    ]
-    for i, why in ((2, idle), (2, unlearned), (3, unlearned)):
-        made[i] = moot(made[i], why) if why else made[i]
+        )
+    )
+    if best < 0.9:
+        made = made[:2] + [moot(verdict, unlearned) for verdict in made[2:]]
     if own is not None:
         made += [
             gate("of fixed rows attention knows those it saw", own, least=0.99),
@@ -300,33 +311,6 @@ def verdicts(
                 most=0.5,
             ),
         ]
-    return made
-
-
-def figure(cfg: Config, learned: Mapping[str, Learned]) -> matplotlib.figure.Figure:
-    """Draw accuracy over steps, a line a seed, models named where their mean ends."""
-    made = matplotlib.figure.Figure(figsize=(6.75, 3.6), layout="constrained")
-    axes = made.subplots()
-    ends = []
-
-    def draw(name: str, key: str, title: str, style: Any) -> None:
-        rows, color = learned[name].rows, COLORS[name]
-        steps, values = [row["step"] for row in rows], np.array([row[key] for row in rows])
-        axes.plot(steps, values, color=color, ls=style, lw=1.2, alpha=0.8)
-        ends.append((float(values[-1].mean()), title, color))
-
-    for name, model in models(cfg).items():
-        draw(name, "accuracy", model.title, "-")
-    if cfg.fixed:
-        draw("fixed", "own", "the fixed rows themselves", (0, (3, 1.5)))
-    for guess, of in ((2 / cfg.V, "any value"), (1 / cfg.pairs, "a value of the row")):
-        axes.axhline(guess, color="#57606a", lw=0.8, ls=(0, (4, 3)))
-        below = guess - 0.035 if guess > 0.1 else guess + 0.02  # off the lines that lie on it
-        axes.text(cfg.steps / 2, below, f"guess: {of}", fontsize=7, color="#57606a")
-    axes.set(xlim=(0, cfg.steps), ylim=(-0.02, 1.03), xlabel="step")
-    name_ends(axes, ends)
-    axes.set_ylabel("share of questions answered, fresh rows")
-    axes.spines[["top", "right"]].set_visible(False)
     return made
 
 
@@ -360,7 +344,9 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
         }
         for name, model in made.items()
     ]
-    save(figure(cfg, learned), out / "recall.png")
+    titles = {name: model.title for name, model in made.items()}
+    rows = {name: found.rows for name, found in learned.items()}
+    save(figure(titles, rows, V=cfg.V, pairs=cfg.pairs), out / "recall.png")
     caption = (
         f"Recall of {cfg.pairs} pairs at length {cfg.T} over training: the share of answers that "
         f"are right, a line for each of {cfg.seeds} seeds, names at their mean. Dashed: what a "
@@ -370,7 +356,7 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
         table=table,
         verdicts=verdicts(
             {name: row["accuracy"] for name, row in last.items()},
-            last["static"]["named"],
+            {name: row["named"] for name, row in last.items()},
             V=cfg.V,
             pairs=cfg.pairs,
             questions=cfg.asked * cfg.pairs,

@@ -19,9 +19,20 @@ CFG = recall.Config()
 SMALL = recall.Config(V=16, T=8, pairs=2, D=6, F=5, L=1)
 SIZES = ["--V=16", "--T=8", "--pairs=2", "--D=6", "--F=5", "--B=8", "--asked=16", "--L=1"]
 TINY = [*SIZES, "--steps=2", "--every=1", "--seeds=2"]
-GOOD = {"attention": [1.0, 1.0], "alone": [1.0, 0.99], "static": [0.26, 0.3], "none": [0.008] * 2}
-BAD = {"attention": [0.9, 0.98], "alone": [0.2, 0.3], "static": [0.31, 0.9], "none": [0.02, 0.0]}
-NAMES = [0.99, 1.0]  # how often the static mixer names a value of the row
+GOOD = {
+    "attention": [1.0, 1.0],
+    "attention alone": [1.0, 0.99],
+    "static": [0.26, 0.3],
+    "none": [0.008] * 2,
+}
+BAD = {
+    "attention": [0.9, 0.98],
+    "attention alone": [0.2, 0.3],
+    "static": [0.31, 0.9],
+    "none": [0.02, 0.0],
+}
+GOOD["static alone"], BAD["static alone"] = [0.2, 0.25], [0.5, 0.4]
+NAMES = {"static": [0.99, 1.0], "static alone": [0.95, 1.0]}
 
 
 @pytest.fixture
@@ -40,7 +51,7 @@ def test_writes_all_it_promises(tmp_path: Path) -> None:
     assert [row["model"] for row in summary["table"]] == [*titles, "7 fixed rows"]
     assert all(len(row["accuracy"]) == 2 for row in summary["table"])
     assert all(len(row["accuracy, fixed rows"]) == 2 for row in summary["table"])
-    assert len(summary["verdicts"]) == 6
+    assert len(summary["verdicts"]) == 7
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2] * 6
     assert (tmp_path / "recall.png").stat().st_size > 10_000
@@ -151,20 +162,21 @@ def test_wq_and_wk_are_frozen_and_nothing_else() -> None:
 @pytest.mark.parametrize(("planted", "holds"), [(GOOD, True), (BAD, False)])
 def test_verdicts_come_out_either_way(planted, holds) -> None:
     made = recall.verdicts(planted, NAMES, V=256, pairs=4, questions=4096)
-    assert [verdict.holds for verdict in made] == [holds] * 4
+    assert [verdict.holds for verdict in made] == [holds] * 5
     own = [1.0, 1.0] if holds else [0.5, 0.4]
     planted = planted | {"fixed": [0.3, 0.1] if holds else [0.9, 1.0]}
     made = recall.verdicts(planted, NAMES, V=256, pairs=4, questions=4096, own=own)
-    assert [verdict.holds for verdict in made] == [holds] * 6
+    assert [verdict.holds for verdict in made] == [holds] * 7
 
 
 def test_what_was_not_trained_is_not_judged() -> None:
     early = {name: [0.01, 0.01] for name in GOOD}
-    made = recall.verdicts(early, [0.02, 0.03], V=256, pairs=4, questions=4096)
-    assert [v.holds for v in made] == [False, False, None, None]
+    made = recall.verdicts(early, NAMES, V=256, pairs=4, questions=4096)
+    assert [v.holds for v in made] == [False, False, None, None, None]
     assert "no model with attention recalls" in made[3].measured
-    made = recall.verdicts(GOOD, [0.95, 0.5], V=256, pairs=4, questions=4096)
-    assert [v.holds for v in made] == [True, True, None, True]
+    names = NAMES | {"static": [0.95, 0.5]}
+    made = recall.verdicts(GOOD, names, V=256, pairs=4, questions=4096)
+    assert [v.holds for v in made] == [True, True, None, True, True]
     assert "names no values of the row yet" in made[2].measured
 
 
@@ -172,9 +184,9 @@ def test_the_band_of_a_guess_is_four_deviations() -> None:
     """Of 4,096 guesses 32 hit on average, with a deviation of 5.63."""
     for hits, holds in ((32, True), (10, True), (54, True), (9, False), (55, False)):
         planted = GOOD | {"none": [hits / 4096] * 2}
-        made = recall.verdicts(planted, NAMES, V=256, pairs=4, questions=4096)[3]
+        made = recall.verdicts(planted, NAMES, V=256, pairs=4, questions=4096)[4]
         assert made.holds is holds, hits
-    few = recall.verdicts(GOOD, NAMES, V=256, pairs=4, questions=100)[3]
+    few = recall.verdicts(GOOD, NAMES, V=256, pairs=4, questions=100)[4]
     assert few.expected.startswith("at least 0 and")
 
 
