@@ -40,7 +40,7 @@ def figure(
             kind = name.removesuffix(ALONE)
             if (kind != name) != alone:
                 continue
-            lines = {title: ("accuracy", "-")}
+            lines: dict[str, tuple[str, Any]] = {title: ("accuracy", "-")}
             if name == "fixed":
                 lines["the fixed rows themselves"] = ("own", (0, (3, 1.5)))
             for label, (key, style) in lines.items():

@@ -53,7 +53,7 @@ def test_writes_all_it_promises(tmp_path: Path) -> None:
     assert all(len(row["accuracy, fixed rows"]) == 2 for row in summary["table"])
     assert len(summary["verdicts"]) == 7
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2] * 6
+    assert [row["step"] for row in rows] == [0, 1, 2] * 8
     assert (tmp_path / "recall.png").stat().st_size > 10_000
 
 
