@@ -63,7 +63,9 @@ def fit(sizes: Any, seen: Any, losses: Any) -> Law:
 def resampled(sizes: Any, seen: Any, losses: Any, *, draws: int, seed: int = 0) -> Law:
     """Fit the law to points drawn with replacement, of each size the mean of seeds drawn likewise.
 
-    A seed's losses along one training go together, since they fall together.
+    A seed's losses along one training go together, since they fall together; points are drawn one
+    by one all the same, as so few sizes drawn whole give intervals that miss the truth. So they
+    hold for a law that misses each point on its own, and are too narrow for one that bends.
 
     Args:
       sizes, seen: as for `fit`.

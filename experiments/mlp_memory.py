@@ -254,10 +254,10 @@ def verdicts(
             source="no control in the paper",
         ),
         gate(
-            "the first layer is shallower: share with the same last byte, over the last layer's",
-            after["last 1"][:, 0] - after["last 1"][:, -1],
+            "the first layer is shallower: with the same last 3 bytes, the last layer over it",
+            after["last 3"][:, -1] - np.maximum(after["last 3"][:, 0], before["last 3"][:, -1]),
             least=0.05,
-            source=f"{PAPER}: shallow patterns in lower layers",
+            source=f"{PAPER}: shallow patterns in lower layers; over the last at init, if larger",
         ),
         gate(
             "values of the first layer do not name the next byte: agreement over chance",

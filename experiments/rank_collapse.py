@@ -181,21 +181,20 @@ def verdicts(found: Mapping[tuple[str, str, str], np.ndarray]) -> list[_findings
     Returns: verdicts.
     """
     paper = "arXiv:2103.03404"
-    cubes = slopes(found["attention", "fan_in", "float64"], "float64")
-    made = [
-        _findings.gate(
-            "attention alone: log r triples with each layer (float64, D = 64)",
-            cubes, least=2.4, most=3.6, source=paper,
-        ),
-    ]  # fmt: skip
+    made = []
     for kind, text in (("attention", "attention alone"), ("mlp", "an MLP without skips"),
                        ("half", "an MLP with a skip, attention without")):  # fmt: skip
-        made.append(
+        made += [
+            _findings.gate(
+                f"{text}: log r triples with each layer (float64, D = 64)",
+                slopes(found[kind, "fan_in", "float64"], "float64"),
+                least=2.4, most=3.6, source=paper,
+            ),
             _findings.gate(
                 f"{text}: tokens are alike after the last layer (float32, D = 768)",
                 found[kind, "fan_in", "float32"][:, -1], most=1e-5, source=paper,
-            )
-        )  # fmt: skip
+            ),
+        ]  # fmt: skip
     for init, title in INITS.items():
         for kind in ("skip", "both"):
             made.append(

@@ -84,8 +84,8 @@ def read_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[name] = int(size)
     if (product := math.prod(sizes.values())) != len(devices):
         raise ValueError(
-            f"a mesh of {text} has {product} devices, but there are {len(devices)}; name sizes "
-            f"whose product is {len(devices)}, such as data={len(devices)}"
+            f"a mesh of {text} is {product} but there are {len(devices)} devices; name sizes whose "
+            f"product is {len(devices)}, such as data={len(devices)}"
         )
     return make_mesh(
         data=sizes["data"],

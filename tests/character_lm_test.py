@@ -42,7 +42,7 @@ def test_it_trains_saves_and_goes_on(tmp_path: pathlib.Path, capsys: Any) -> Non
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--mesh=data=3", "a mesh of data=3 has 3 devices, but there are 8; name sizes"),
+        ("--mesh=data=3", "a mesh of data=3 is 3 but there are 8 devices; name sizes"),
         ("--mesh=rows=8", "a mesh looks like data=2,fsdp=2,model=2"),
         ("--profile=5", "--profile looks like START:STOP, got '5'"),
         ("--D=15", "--N=2 heads must divide --D=15 into even widths"),

@@ -170,25 +170,27 @@ def test_units_are_written_out(searched) -> None:
     assert mlp_memory.shown([97, 32, 10, 0, 200]) == "a␣↵··"
 
 
-def numbers(shallow: list[float], agrees: list[float], deep: float = 0.3) -> dict[str, np.ndarray]:
-    """Plant two seeds alike: by layer the share with the same last byte, and agreement."""
-    made = {"last 1": shallow, "last 3": [deep] * len(shallow), "agrees": agrees}
-    made |= {"by chance": [0.03] * len(shallow)}
+def numbers(
+    last_1: list[float], agrees: list[float], last_3: tuple[float, float] = (0.25, 0.4)
+) -> dict[str, np.ndarray]:
+    """Plant two seeds alike, two layers: shares with the same last bytes, and agreement."""
+    made = {"last 1": last_1, "last 3": list(last_3), "agrees": agrees}
+    made |= {"by chance": [0.03] * len(last_1)}
     return {name: np.array([values, values]) for name, values in made.items()}
 
 
 def test_verdicts_come_out_either_way() -> None:
-    init = numbers([0.5, 0.5], [0.03, 0.03], deep=0.1)
+    init = numbers([0.5, 0.5], [0.03, 0.03], (0.1, 0.1))
     places = {"last 3": np.array([0.17, 0.18])}
     good = mlp_memory.verdicts(numbers([0.9, 0.7], [0.03, 0.2]), init, places)
     assert [v.holds for v in good] == [True] * 7
-    leaky = numbers([0.5, 0.5], [0.2, 0.2], deep=0.3)
+    leaky = numbers([0.5, 0.5], [0.2, 0.2], (0.2, 0.4))  # deeper in later layers at init already
     bad = mlp_memory.verdicts(numbers([0.3, 0.6], [0.2, 0.05]), leaky, places)
     assert [v.holds for v in bad] == [False] * 7
     mixed = numbers([0.9, 0.7], [0.03, 0.2])
     mixed["agrees"][1, 1] = 0.04
     assert [v.holds for v in mlp_memory.verdicts(mixed, init, places)][4:6] == [None, None]
-    alike = {"last 3": np.array([0.28, 0.28])}  # random places, nearly as alike as triggers
+    alike = {"last 3": np.array([0.3, 0.3])}  # random places, nearly as alike as triggers
     assert mlp_memory.verdicts(mixed, init, alike)[1].holds is False
 
 

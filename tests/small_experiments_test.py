@@ -143,13 +143,14 @@ def test_what_is_left_of_tokens_is_judged_either_way() -> None:
             for init in rank_collapse.INITS
         }
         slow = 0.4 ** np.array([[1.0, 1.5, 2.2, 3.2, 4.5]] * 2)
-        return made | {("attention", "fan_in", "float64"): slow if turned else cubed}
+        kinds = ("attention", "mlp", "half")
+        return made | {(kind, "fan_in", "float64"): slow if turned else cubed for kind in kinds}
 
-    assert holds(rank_collapse.verdicts(planted(turned=False))) == [True] * 8
-    assert holds(rank_collapse.verdicts(planted(turned=True))) == [False] * 8
+    assert holds(rank_collapse.verdicts(planted(turned=False))) == [True] * 10
+    assert holds(rank_collapse.verdicts(planted(turned=True))) == [False] * 10
     seeds = planted(turned=False)
     seeds["both", "gpt2", "float32"][0, -1] = 0.6
-    assert holds(rank_collapse.verdicts(seeds)) == [True] * 7 + [None]
+    assert holds(rank_collapse.verdicts(seeds)) == [True] * 9 + [None]
 
 
 def test_what_is_left_of_equal_tokens_is_nothing() -> None:
