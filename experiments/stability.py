@@ -17,7 +17,7 @@ b = exp(-sigma sqrt(T / (T-1))); the row with one logit above T - 1 equal ones h
 (arXiv:2303.06296, theorem 3.1). And a clipped head's largest logit on the same input is tau.
 
 Command: python -m experiments.stability
-Minutes: about 10 on 2 CPU cores; --preset=quick about 1; --preset=tpu has not been run yet
+Minutes: 22 on one busy CPU core; --preset=quick about 1; --preset=tpu has not been run yet
 Expected: QK-norm less sensitive, logits that grow with the rate (arXiv:2309.14322); equality with
   the bound within 1e-5 (arXiv:2303.06296); after a clip at most tau (1 + 1e-3). Whether tau = 100
   is ever reached at this size: open, the table says for each rate how many heads were above it
