@@ -18,7 +18,7 @@ MLP as makes the same number of operations a token, of matrices and of the pairs
 mask allows. Is the best share better than the usual one by more than seeds differ?
 
 Command: python -m experiments.scaling
-Minutes: 10 to 15 on 2 CPU cores; --preset=quick about 1; --preset=tpu has not been run yet
+Minutes: 29 on one busy CPU core; --preset=quick about 1; --preset=tpu has not been run yet
 Expected: exponents 0.34 and 0.28 (arXiv:2203.15556), 0.35 and 0.37 fitted anew to the same models
   (arXiv:2404.10102), for large models and tokens of several bytes; the usual share near the best,
   since the loss depends little on a model's shape (arXiv:2001.08361, figure 5)
