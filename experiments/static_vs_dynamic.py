@@ -238,6 +238,7 @@ def verdicts(
                 np.max([x.max((0, 2)) for x in still], axis=0),
                 most=0.0,
                 source="the same matrix for every input, to the bit",
+                exact=True,
             )
         )
     if moving:
@@ -246,6 +247,7 @@ def verdicts(
                 "least variance across inputs of a matrix made from them, at any step and layer",
                 np.min([x.min((0, 2)) for x in moving], axis=0),
                 least=1e-6,
+                exact=True,
             )
         )
     return made
