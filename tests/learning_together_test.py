@@ -44,7 +44,7 @@ def test_writes_all_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(found) == len(summary["table"]) == 8 + 3 + 4 + 4
     exact, *others = summary["verdicts"]
     assert exact["holds"] is True
-    assert len(others) == 7
+    assert len(others) == 8
     for figure in summary["figures"]:
         assert (tmp_path / figure["file"]).stat().st_size > 10_000
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
