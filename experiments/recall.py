@@ -17,7 +17,7 @@ pairs. Positions are learned, as in the paper. With --fixed=true one more model 
 rows again and again: the trap is that it learns those by heart.
 
 Command: python -m experiments.recall
-Minutes: 50 on one busy CPU core; --preset=quick about 1; --preset=tpu has not been run yet: the
+Minutes: 60 on one busy CPU core; --preset=quick about 1; --preset=tpu has not been run yet: the
   paper's cell of 8 pairs at length 128, one of its widths (64 to 512) and of its learning rates, 64
   passes over 100,000 rows made fresh ones; a seed holds 2 GB of logits and the same of gradient
 Expected: attention at least 0.99 with and without MLP (arXiv:2312.04927, figure 2); static at most
