@@ -17,7 +17,7 @@ Beside the curves: byte counts of order 0 to 5 on the same split and the same po
 (experiments/_counts.py), which say how many bytes of context a loss is worth.
 
 Command: python -m experiments.static_vs_dynamic
-Minutes: about 105 on 2 CPU cores, 40 with --seeds=1; --preset=quick about 1; --preset=tpu has not
+Minutes: about 150 on one busy CPU core; --preset=quick about 1; --preset=tpu has not
   been run yet
 Expected: without mixing the loss of order-1 counts, within 0.02 nats; attention below the learned
   matrix, the learned matrix below uniform; mean maps cost something (arXiv:2211.03495: 8 % of the
