@@ -55,7 +55,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"keys": "16,32,64,128", "steps": 1000, "seeds": 2, "out": "runs/fast_weights/quick"},
+    "quick": {"keys": "16,32,64,128", "steps": 1000, "out": "runs/fast_weights/quick"},
     "tpu": {
         "H": 64,
         "keys": "32,64,128,256,384,512,1024",

@@ -52,7 +52,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"steps": 500, "seeds": 2, "out": "runs/gradient_step/quick"},
+    "quick": {"steps": 500, "out": "runs/gradient_step/quick"},
     "tpu": {
         "d": 64,
         "pairs": "64,128,256",

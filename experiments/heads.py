@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "quick": {
         **{"model.D": 64, "model.N": 4, "model.L": 2, "model.steps": 400, "model.warmup": 40},
-        **{"every": 200, "eval_windows": 32, "seeds": 1, "out": "runs/heads/quick"},
+        **{"every": 200, "eval_windows": 32, "out": "runs/heads/quick"},
     },
     "tpu": {
         **{"model.D": 512, "model.N": 8, "model.L": 8, "model.T": 256, "model.B": 64},

@@ -93,7 +93,7 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "quick": {
-        **{"B": 16, "steps": 1000, "frozen_steps": 1000, "every": 50, "looked": 64, "seeds": 1},
+        **{"B": 16, "steps": 1000, "frozen_steps": 1000, "every": 50, "looked": 64},
         "out": "runs/induction/quick",
     },
     "tpu": {

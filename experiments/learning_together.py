@@ -74,7 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "quick": {
         **{"model.L": 2, "model.steps": 120, "model.warmup": 20, "every": 20, "again": 40},
-        **{"looked": 8, "eval_windows": 32, "seeds": 1, "out": "runs/learning_together/quick"},
+        **{"looked": 8, "eval_windows": 32, "out": "runs/learning_together/quick"},
     },
     "tpu": {
         **{"model.D": 512, "model.N": 8, "model.L": 8, "model.T": 256, "model.B": 64},

@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         **{"model.D": 32, "model.N": 2, "model.L": 2, "model.T": 32, "model.B": 8},
         **{"model.steps": 600, "model.learning_rate": 4e-3, "every": 200, "eval_windows": 128},
-        **{"seeds": 1, "out": "runs/length/quick"},
+        "out": "runs/length/quick",
     },
     "tpu": {
         **{"model.D": 512, "model.N": 8, "model.L": 6, "model.T": 256, "model.B": 64},

@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "quick": {
         **{"model.D": 32, "model.N": 2, "model.L": 2, "model.T": 32, "model.B": 8},
-        **{"model.steps": 1000, "model.learning_rate": 4e-3, "windows": 1024, "seeds": 1},
+        **{"model.steps": 1000, "model.learning_rate": 4e-3, "windows": 1024},
         **{"eval_windows": 64, "out": "runs/mlp_memory/quick"},
     },
     "tpu": {

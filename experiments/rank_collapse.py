@@ -65,7 +65,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"seeds": 1, "out": "runs/rank_collapse/quick"},
+    "quick": {"seeds": 2, "out": "runs/rank_collapse/quick"},
     "tpu": {"B": 64, "T": 512, "seeds": 8, "out": "runs/rank_collapse/tpu"},
 }
 SIZES = {"float32": {"D": 768, "N": 12}, "float64": {"D": 64, "N": 4}}

@@ -89,7 +89,7 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "quick": {
-        **{"V": 32, "T": 16, "pairs": 2, "F": 128, "B": 64, "steps": 300, "seeds": 1},
+        **{"V": 32, "T": 16, "pairs": 2, "F": 128, "B": 64, "steps": 300},
         "out": "runs/recall/quick",
     },
     "tpu": {

@@ -106,7 +106,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "quick": {
         **{"sizes": "16x1,32x1,32x2,48x2", "steps": 800, "split": "32x2", "heads": "1,5"},
-        **{"T": 32, "eval_windows": 128, "seeds": 1, "out": "runs/scaling/quick"},
+        **{"T": 32, "eval_windows": 128, "out": "runs/scaling/quick"},
     },
     "tpu": {
         **{"sizes": "64x3,128x4,192x5,256x6,384x7,512x8", "steps": 1600, "split": "256x6"},

@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "quick": {
         **{"model.D": 32, "model.N": 2, "model.L": 2, "model.T": 32, "model.steps": 200},
-        **{"every": 50, "eval_windows": 32, "seeds": 1, "out": "runs/sinks/quick"},
+        **{"every": 50, "eval_windows": 32, "out": "runs/sinks/quick"},
     },
     "tpu": {
         **{"model.D": 512, "model.N": 8, "model.L": 8, "model.T": 256, "model.B": 64},

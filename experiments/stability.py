@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "quick": {
         **{"model.D": 32, "model.N": 2, "model.L": 2, "model.T": 32, "model.steps": 200},
-        **{"rates": "3,10,100", "every": 20, "eval_windows": 32, "seeds": 1},
+        **{"rates": "3,10,100", "every": 20, "eval_windows": 32},
         "out": "runs/stability/quick",
     },
     "tpu": {

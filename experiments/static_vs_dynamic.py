@@ -104,7 +104,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         **{"D": 32, "N": 2, "F": 128, "L": 2, "T": 32, "B": 8, "steps": 600, "every": 60},
         **{"learning_rate": 4e-3, "warmup": 60, "eval_windows": 64, "map_windows": 64},
-        **{"without_mlp": False, "seeds": 1},
+        "without_mlp": False,
         "out": "runs/static_vs_dynamic/quick",
     },
     "tpu": {
