@@ -9,8 +9,7 @@ experiment. One that fails or is interrupted is on the page too, with the end of
 it imports, Python, jax and the environment that jax reads are as they were.
 
 Command: python -m experiments.gallery
-Minutes: those of all quick presets, to be 25 at most on 2 CPU cores; --preset=default hours;
-  --preset=tpu has not been run yet
+Minutes: 11 on 2 CPU cores; --preset=default hours; --preset=tpu has not been run yet
 Expected: verdicts as the experiments say; exit status 0 if each ended well, whatever its verdicts,
   1 if one did not, 2 for a wrong argument, 130 after Ctrl-C
 Writes: OUT/gallery.html; of each experiment OUT/NAME/: what it writes, output.txt, run.json
