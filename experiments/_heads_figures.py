@@ -43,7 +43,7 @@ def damage_figure(damage: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarr
             axes.spines[:].set_visible(False)
         row[-1].tick_params(axis="x", rotation=90)
         row[0].set_yticks(range(L), range(1, L + 1), fontsize=6.5)
-        row[0].set_ylabel(f"layer, seed {seed}" if seeds > 1 else "layer", fontsize=9)
+        row[0].set_ylabel(f"layer\nseed {seed}" if seeds > 1 else "layer", fontsize=9)
     panels[-1, len(damage) // 2].set_xlabel("head", fontsize=9)
     for drawn, axes, pad, label in (
         (image, panels[:, :-1], 0.01, "cost of a head, nats"),
