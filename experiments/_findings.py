@@ -183,7 +183,7 @@ def run(
     """Run an experiment: read its command line, measure, write summary.json, print what it says.
 
     The folder is the experiment's own: one that holds something else, or in which another process
-    is at work, is refused, and what an earlier run left there is removed before this one begins.
+    is at work, is refused. Summary, figures and metrics.jsonl of an earlier run are removed first.
 
     Args:
       doc: the experiment's docstring; its first line is the question.
@@ -263,7 +263,7 @@ def findings(answer: Answer) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _own(out: pathlib.Path, name: str) -> Iterator[None]:
-    """Hold the folder of a run alone, without what an earlier run of the experiment left."""
+    """Hold the folder of a run alone, without an earlier one's summary, figures and metrics."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)

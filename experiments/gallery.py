@@ -37,11 +37,10 @@ import rich.console
 
 from experiments.__main__ import FOLDER, read
 from experiments._gallery_page import Entry, counts, page, read_summary
-from experiments._report import revision
+from experiments._report import ROOT, revision
 from jax_attn.command_line import parse_both
 from jax_attn.report import training_progress
 
-ROOT = FOLDER.parent
 OUTPUT = "output.txt"
 END = 25  # lines of output that the page shows of what failed
 PATIENCE_S = (2.0, 10.0, 5.0)  # before an interrupted experiment is told, asked and made to end

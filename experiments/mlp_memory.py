@@ -233,7 +233,7 @@ def verdicts(
 
     Args:
       trained, init: the model after training and before, by name [seeds,L], from `measured`.
-      places: the same shares of random places in stead of triggers, [seeds].
+      places: the same shares of random places instead of triggers, [seeds].
     Returns: the verdicts, of keys, then of values.
     """
     after = {name: np.asarray(x) for name, x in trained.items()}
