@@ -101,17 +101,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def check(cfg: Config, options: Options) -> None:
     """Refuse what means nothing, before anything is compiled."""
+    for name, value in (("learning_rate", cfg.learning_rate), ("clip", cfg.clip)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be above 0 and finite, got {value}")
     may_be_0 = {"seed": cfg.seed, "warmup": cfg.warmup, "eval_every": cfg.eval_every}
     check_positive(dataclasses.replace(cfg, **dict.fromkeys(may_be_0, 1)))
     for name, value in may_be_0.items():
         if value < 0:
             raise ValueError(f"--{name} must be at least 0, got {value}")
-    for name, value in (("learning_rate", cfg.learning_rate), ("clip", cfg.clip)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"--{name} must be above 0 and finite, got {value}")
-    for name, value in (("weight_decay", cfg.weight_decay), ("skip_spikes", cfg.skip_spikes)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"--{name} must be at least 0 and finite, got {value}")
     if cfg.D % cfg.N or (cfg.D // cfg.N) % 2:
         raise ValueError(f"--N={cfg.N} heads must divide --D={cfg.D} into even widths, for RoPE")
     if cfg.dtype not in ("float32", "bfloat16"):
