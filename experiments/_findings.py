@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import inspect
 import json
 import math
@@ -24,6 +23,7 @@ import scipy.special
 from experiments._report import environment, revision
 from jax_attn import data
 from jax_attn.command_line import parse
+from jax_attn.lock import hold
 
 Config = TypeVar("Config", bound=Any)
 
@@ -170,6 +170,8 @@ class Answer(NamedTuple):
     """What was trained on, if it was a text."""
     untrained: str = ""
     """Why nothing but identities can be judged of these models, such as a loss that is too high."""
+    fitted: Mapping[str, Any] = {}
+    """What was fitted to the table: the name of a number to its value and interval."""
 
 
 def run(
@@ -250,9 +252,12 @@ def judged(answer: Answer) -> list[Verdict]:
 
 
 def findings(answer: Answer) -> dict[str, Any]:
-    """Make the part of summary.json that is of the answer: table, verdicts, figures."""
+    """Make the part of summary.json that is of the answer: table, fits, verdicts, figures."""
     return {
         "table": [{k: _plain(v) for k, v in row.items()} for row in answer.table],
+        "fitted": {
+            name: {k: _plain(v) for k, v in one.items()} for name, one in answer.fitted.items()
+        },
         "verdicts": [
             {**v._asdict(), "values": _plain(v.values), "verdict": WORDS[v.holds]}
             for v in judged(answer)
@@ -273,15 +278,8 @@ def _own(out: pathlib.Path, name: str) -> Iterator[None]:
         raise ValueError(
             f"--out={out} holds a run of {owner or 'something else'}; name another folder"
         )
-    with mark.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is writing to --out={out}; name another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+    taken = ValueError(f"another process is writing to --out={out}; name another folder")
+    with hold(mark, taken):
         mark.write_text(name + "\n", encoding="utf-8")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             figures = json.loads(old.read_text(encoding="utf-8"))["figures"]

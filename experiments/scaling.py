@@ -22,12 +22,11 @@ Minutes: 29 on one busy CPU core; --preset=quick about 1; --preset=tpu has not b
 Expected: exponents 0.34 and 0.28 (arXiv:2203.15556), 0.35 and 0.37 fitted anew to the same models
   (arXiv:2404.10102), for large models and tokens of several bytes; the usual share near the best,
   since the loss depends little on a model's shape (arXiv:2001.08361, figure 5)
-Writes: runs/scaling/summary.json, metrics.jsonl, law.json, scaling.png
+Writes: runs/scaling/summary.json, metrics.jsonl, scaling.png
 TPU: python -m tpu.plan --experiment=experiments.scaling --preset=tpu --target=v5e-16
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from functools import partial
@@ -339,7 +338,7 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
         _scaling_figure.figure(sizes, seen, points, law, fits, attended, shares, usual, PUBLISHED),
         out / "scaling.png",
     )
-    said = describe(law, fits, out / "law.json")
+    fitted, said = describe(law, fits)
     caption = (
         "Left: held-out loss, a dot for each seed, and the law L = E + A / P^a + B / D^b: "
         f"E = {said['E']}, a = {said['a']}, b = {said['b']}, 95 % of resampled fits in brackets; "
@@ -370,6 +369,7 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
         figures=[_findings.Figure("scaling.png", caption)],
         text=text,
         untrained=untrained(text, heldout, points[-1, -1]),
+        fitted=fitted,
     )
 
 
@@ -378,17 +378,17 @@ def attends(made: Shape, T: int) -> float:
     return operations(made, T)[0] / sum(operations(made, T))
 
 
-def describe(law: _power_law.Law, fits: _power_law.Law, path: pathlib.Path) -> dict[str, str]:
-    """Write each number of the law with its interval, as JSON and in words."""
-    numbers = {**law._asdict(), "optimum": law.optimum()}
+def describe(
+    law: _power_law.Law, fits: _power_law.Law
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return each number of the law with its interval, and the same in words."""
     of_fits = {**fits._asdict(), "optimum": fits.optimum()}
-    ends = {name: _power_law.interval(values) for name, values in of_fits.items()}
-    saved = {name: {"fit": value, "interval": ends[name]} for name, value in numbers.items()}
-    path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-    return {
-        name: f"{value:.3g} [{ends[name][0]:.3g}, {ends[name][1]:.3g}]"
-        for name, value in numbers.items()
+    fitted = {
+        name: {"fit": value, "interval": _power_law.interval(of_fits[name])}
+        for name, value in {**law._asdict(), "optimum": law.optimum()}.items()
     }
+    words = "{fit:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
+    return fitted, {name: words.format(**one) for name, one in fitted.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

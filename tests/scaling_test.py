@@ -40,8 +40,11 @@ def test_writes_all_it_promises(tmp_path: Path, one_device: None) -> None:
     assert len(summary["verdicts"]) == 9
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] * 5
-    law = json.loads((tmp_path / "law.json").read_text())
-    assert list(law) == ["E", "A", "a", "B", "b", "optimum"]
+    assert list(summary["fitted"]) == ["E", "A", "a", "B", "b", "optimum"]
+    for number in summary["fitted"].values():
+        least, greatest = number["interval"]
+        assert least <= greatest
+        assert isinstance(number["fit"], float)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 

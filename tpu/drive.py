@@ -229,6 +229,7 @@ def alone(desk: Desk, name: str, wait: bool = False) -> Iterator[None]:
 
     Raises: Failed where another process holds it, unless this one waits.
     """
+    # jax_attn.lock would import jax, which a verb does without.
     with open(desk.folder / f"{name}.lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

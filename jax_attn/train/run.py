@@ -1,10 +1,8 @@
 """A run is a folder: metrics, checkpoints, and what made them; starting it again goes on."""
 
 import contextlib
-import fcntl
 import json
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_attn.lock import hold
 from jax_attn.train import manifest
 from jax_attn.train.checkpoint import Checkpoints, Tell, on_disk, tell_stderr
 from jax_attn.train.provenance import agree, describe, differences, plain
@@ -98,7 +97,8 @@ class Run:
             if jax.process_index() == 0:
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(_lock(self.folder))
+                    what = f"another process is training in {self.folder}; name another"
+                    stack.enter_context(hold(self.folder / ".lock", RuntimeError(what)))
                 except OSError as error:
                     raise ValueError(f"folder {self.folder} cannot be used: {error}") from None
                 self.checkpoints.clear_incomplete()
@@ -172,15 +172,3 @@ class Run:
         if not path.exists() or not self.metrics_path.exists():
             return None
         return json.loads(path.read_text()) if self.metrics_path.stat().st_size else None
-
-
-@contextlib.contextmanager
-def _lock(folder: pathlib.Path) -> Iterator[None]:
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is training in {folder}; name another") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
