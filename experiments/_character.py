@@ -117,6 +117,12 @@ def chunks(text_bytes: np.ndarray, T: int, total: int) -> np.ndarray:
     return data.windows(text_bytes, B=B, T=T, count=total // B)
 
 
+def of_pairs(text: data.Text, windows: Any) -> float:
+    """Measure the loss of counts of pairs of bytes (order 1) on windows [...,T+1], nats a byte."""
+    flat = np.asarray(windows).reshape(-1, np.shape(windows)[-1])
+    return float(_counts.losses(text.train, flat, orders=2)[1])
+
+
 def untrained(text: data.Text, windows: Any, loss: Any) -> str:
     """Say that models have not learned enough to be asked what they do with context.
 
@@ -126,10 +132,11 @@ def untrained(text: data.Text, windows: Any, loss: Any) -> str:
       text: what was trained on.
       windows: held-out ones [...,T+1].
       loss: of the models on them, nats a byte; one that is not a number is too high.
-    Returns: why nothing can be judged, or "" if every loss is below that of counting.
+    Returns: why nothing can be judged; "" if no loss is given, or all are below that of counting.
     """
-    flat = np.asarray(windows).reshape(-1, np.shape(windows)[-1])
-    pairs, worst = float(_counts.losses(text.train, flat, orders=2)[1]), float(np.max(loss))
+    if np.size(loss) == 0:
+        return ""
+    pairs, worst = of_pairs(text, windows), float(np.max(loss))
     if worst < pairs:
         return ""
     return (

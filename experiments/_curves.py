@@ -18,6 +18,8 @@ def name_ends(
 ) -> None:
     """Name curves right of their ends, apart from each other; what comes after keeps the limits.
 
+    A name that had to move is joined to the end it is of.
+
     Args:
       axes: with all curves drawn.
       ends: of each curve its last value, its name and its colour.
@@ -25,8 +27,11 @@ def name_ends(
     """
     axes.set_ylim(axes.get_ylim())  # before places are asked for: limits are found lazily
     place = axes.transData + axes.transAxes.inverted()
-    heights = apart([float(place.transform((0, value))[1]) for value, *_ in ends], gap)
-    for (_, title, color), y in zip(ends, heights, strict=True):
+    own = [float(place.transform((0, value))[1]) for value, *_ in ends]
+    for (_, title, color), at, y in zip(ends, own, apart(own, gap), strict=True):
+        if abs(y - at) > gap / 4:
+            joined: Any = {"transform": axes.transAxes, "clip_on": False, "color": color}
+            axes.plot((1.002, 1.015), (at, y), lw=0.7, **joined)
         axes.annotate(
             title,
             (1.02, y),

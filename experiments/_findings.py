@@ -49,16 +49,23 @@ def spread(values: Any, digits: int = 4) -> str:
     """Write seeds as their mean, with the least and the largest: `0.75 [0.5, 1]`.
 
     Args:
-      values: one number for each seed.
+      values: one number for each seed; those that are not finite are counted, not averaged.
       digits: significant ones.
     Returns: text.
     Example:
       >>> spread([1.0, 0.5]), spread([0.25])
       ('0.75 [0.5, 1]', '0.25')
+      >>> spread([1.0, 0.5, float("nan")])
+      '0.75 [0.5, 1], 1 of 3 not finite'
     """
-    x = np.atleast_1d(np.asarray(values, dtype=float))
+    every = np.atleast_1d(np.asarray(values, dtype=float))
+    x = every[np.isfinite(every)]
+    if x.size == 0:
+        return str(every[0])
+    lost = f", {every.size - x.size} of {every.size} not finite" if x.size < every.size else ""
     mean = f"{x.mean():.{digits}g}"
-    return mean if x.size == 1 else f"{mean} [{x.min():.{digits}g}, {x.max():.{digits}g}]"
+    ends = f" [{x.min():.{digits}g}, {x.max():.{digits}g}]" if every.size > 1 else ""
+    return mean + ends + lost
 
 
 def gate(
@@ -119,7 +126,8 @@ def positive(statement: str, differences: Any, *, source: str = "") -> Verdict:
       statement: what would be true if the difference is above 0.
       differences: one for each seed, of two numbers of the same seed.
       source: where the expectation is from.
-    Returns: holds if the interval lies above 0, does not hold if below, else undecided.
+    Returns: holds if the interval lies above 0, does not hold if below, else undecided; undecided
+      too if a seed has no number.
     Raises: ValueError: no differences.
     Example:
       >>> positive("more is better", [0.3, 0.31, 0.32]).holds
@@ -135,7 +143,7 @@ def positive(statement: str, differences: Any, *, source: str = "") -> Verdict:
     if x.size == 1:
         return moot(made, f"one seed decides nothing, it is {'above' if x[0] > 0 else 'not above'}")
     if not np.isfinite(x).all():
-        return made._replace(holds=False)
+        return moot(made, "a seed without a number decides nothing")
     half = float(scipy.special.stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size))
     low, high = float(x.mean()) - half, float(x.mean()) + half
     said = f"{spread(x)}; mean within {low:.4g} to {high:.4g}"

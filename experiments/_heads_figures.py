@@ -80,7 +80,7 @@ def predictors_figure(
     named = [(f"layer {layer + 1}", DEPTH(layer / max(L - 1, 1))) for layer in range(L)]
     named.append((f"by chance\n|ρ| ≤ {chance:.2f}", GREY))
     for i, (text, color) in enumerate(named):
-        place = (1.03, 0.98 - 0.08 * i)
+        place = (1.09, 0.98 - 0.08 * i)
         panels[-1].annotate(text, place, xycoords="axes fraction", color=color, va="top")
     return made
 

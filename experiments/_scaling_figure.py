@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from experiments._power_law import Law, interval
 
@@ -82,7 +83,7 @@ def _exponents(axes: Any, law: Law, drawn: Law, published: Mapping[str, Sequence
     marks = zip(published["a"], published["b"], ("Hoffmann", "Besiroglu"), "D^", strict=True)
     for a, b, name, mark in marks:
         axes.plot(a, b, mark, color=ORANGE, ms=5, zorder=4)
-        axes.annotate(name, (a, b), (6, 0), textcoords="offset points", color=ORANGE, va="center")
+        axes.annotate(name, (a, b), (4, 6), textcoords="offset points", color=ORANGE, va="center")
     a_all, b_all = ([low, high, *published[name]] for name, low, high in (
         ("a", *interval(drawn.a, 0.99)), ("b", *interval(drawn.b, 0.99))))  # fmt: skip
     for values, limit in ((a_all, axes.set_xlim), (b_all, axes.set_ylim)):
@@ -103,7 +104,8 @@ def _split(axes: Any, attended: Mapping[int, float], shares: Mapping[int, Any], 
     for N, x in zip(shares, at, strict=True):
         word = f"{N}\nusual" if usual == N else f"{N}"
         high = np.max(shares[N]) + 0.05 * room
-        axes.text(x, high, word, color=GREY, fontsize=8, ha="center", va="bottom")
+        text = axes.text(x, high, word, color=GREY, fontsize=8, ha="center", va="bottom")
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
     axes.set_ylim(top=top + 0.22 * room)
     axes.margins(x=0.08)
     axes.set(xlabel="attention's share of operations, %", ylabel="held-out loss, nats a byte")

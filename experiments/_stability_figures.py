@@ -54,8 +54,8 @@ def losses(
     for place, (way, title) in enumerate(titles.items()):
         score = np.asarray(scores[way], float)
         middle.plot(score, [place] * score.size, "o", ms=4, color=COLORS[way], alpha=0.7)
-        middle.text(0, place - 0.2, f" {title}", color=COLORS[way], va="bottom", fontsize=9)
-    middle.set(xlabel="sensitivity, nats", yticks=[], ylim=(len(titles) - 0.5, -0.8))
+        middle.text(0, place, f" {title}", color=COLORS[way], va="center", fontsize=9)
+    middle.set(xlabel="sensitivity, nats", yticks=[], ylim=(len(titles) - 0.5, -0.5))
     middle.set_xlim(0, None)
     middle.locator_params(axis="x", nbins=4)
     dense = np.geomspace(SIGMAS[0], SIGMAS[-1], 200)

@@ -7,6 +7,7 @@ import matplotlib.axes
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments._curves import band, name_ends
 
@@ -113,6 +114,9 @@ def routes_figure(
                 axes.plot(middles, norm_RSL[:, :, layer].mean(1), color=COLORS[part], alpha=alpha)
             ends.append((norm_RSL[-1].mean(), TITLES[part], COLORS[part]))
         axes.set(yscale="log", ylabel=f"norm of a layer's {word}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{word}s; darker: later layers", fontsize=10, loc="left")
         finish(axes, ends)
     return made

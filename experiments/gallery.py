@@ -121,9 +121,13 @@ def fingerprint(name: str, preset: str) -> str:
 def plans(cfg: Config, folder: pathlib.Path = FOLDER) -> list[Plan]:
     """Plan what --only asks for, or every experiment.
 
-    Raises: ValueError: one that there is not; a folder with a run that was not made here, which
-      would be removed.
+    Raises: ValueError: one that there is not, or no such preset; no folder, or one with a run that
+      was not made here, which would be removed.
     """
+    if cfg.each not in PRESETS:
+        raise ValueError(f"--each must be one of {', '.join(PRESETS)}, got {cfg.each!r}")
+    if not cfg.out:
+        raise ValueError("--out must name a folder")
     known = participants(folder)
     asked = [name.strip() for name in cfg.only.split(",") if name.strip()] or known
     if unknown := [name for name in asked if name not in known]:

@@ -2,15 +2,18 @@
 
 At random init, without training. Attention mixes, and mixing makes tokens alike: what is left of
 their differences, r = |x - mean of tokens| / |x| in the Frobenius norm, falls doubly exponentially
-through layers of attention alone, to a power of three at each (arXiv:2103.03404). An MLP without a
-skip beside attention does not stop that; the skip does. How well depends on the init: at variance
-1 / fan-in each layer adds as much as there is, and r falls slowly; at GPT-2's (deviation 0.02, what
-leads out of a part divided by sqrt(2 L)) it hardly falls. Each part reads its normed input.
+through layers of attention alone, to a power of three at each (arXiv:2103.03404). That is of
+attention to all tokens; under a causal mask r falls too, by a like factor at each layer
+(arXiv:2405.18781). An MLP without a skip beside attention does not stop that; the skip does. How
+well depends on the init: at variance 1 / fan-in each layer adds as much as there is, and r falls
+slowly; at GPT-2's (deviation 0.02, what leads out of a part divided by sqrt(2 L)) it hardly falls.
+Each part reads its normed input.
 
 Command: python -m experiments.rank_collapse
 Minutes: 2 on 2 busy CPU cores; --preset=tpu has not been run yet
 Expected: log r of a layer is 3 times (2.4 to 3.6) that of the layer before, up to a constant, until
-  rounding ends it; with a skip r stays above 0.95 at layer 12 (arXiv:2103.03404, and small runs)
+  rounding ends it (arXiv:2103.03404), under a causal mask once (0.8 to 1.2; arXiv:2405.18781); with
+  a skip r stays above 0.95 at layer 12 (small runs)
 Writes: runs/rank_collapse/summary.json, rank_collapse.png
 """
 
@@ -31,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import _findings
 from experiments._report import save
-from jax_attn import attention, init_attention, init_block, init_mlp, mlp, norm, read_mesh
+from jax_attn import attention, causal, init_attention, init_block, init_mlp, mlp, norm, read_mesh
 from jax_attn.command_line import check_positive
 
 # Which parts there are, and whether what they make is added to what they read.
@@ -41,11 +44,16 @@ KINDS = {
     "skip": "attention + skip",
     "both": "attention + skip, MLP + skip",
     "half": "attention, MLP + skip",
+    "causal": "causal attention",
+    "causal_mlp": "causal attention, MLP",
+    "causal_both": "causal attention + skip, MLP + skip",
 }
+SKIPPED = ("skip", "both", "causal_both")  # kinds with a skip beside attention
 INITS = {"fan_in": "1 / fan-in", "gpt2": "GPT-2"}
 COLORS = {
     **{"attention": "#D55E00", "mlp": "#E69F00", "half": "#CC79A7"},
     **{"skip": "#0072B2", "both": "#009E73"},
+    **{"causal": "#D55E00", "causal_mlp": "#E69F00", "causal_both": "#009E73"},
 }
 # Below, differences of tokens are rounding: so many units in the last place.
 ROUNDING = 100
@@ -108,12 +116,13 @@ def draw(key: jax.Array, init: str, L: int, D: int, N: int, dtype: Any) -> Any:
 
 def layer(kind: str, params: Any, x_BTD: jax.Array) -> jax.Array:
     """Run one layer without or with skips."""
-    y_BTD = attention(params["attention"], norm(params["attention_norm"], x_BTD))
-    x_BTD = x_BTD + y_BTD if kind in ("skip", "both") else y_BTD
-    if kind in ("attention", "skip"):
+    mask = causal() if kind.startswith("causal") else None
+    y_BTD = attention(params["attention"], norm(params["attention_norm"], x_BTD), mask=mask)
+    x_BTD = x_BTD + y_BTD if kind in SKIPPED else y_BTD
+    if kind in ("attention", "skip", "causal"):
         return x_BTD
     y_BTD = mlp(params["mlp"], norm(params["mlp_norm"], x_BTD))
-    return y_BTD if kind == "mlp" else x_BTD + y_BTD
+    return y_BTD if kind in ("mlp", "causal_mlp") else x_BTD + y_BTD
 
 
 def left_over(x_BTD: jax.Array) -> jax.Array:
@@ -180,30 +189,42 @@ def verdicts(found: Mapping[tuple[str, str, str], np.ndarray]) -> list[_findings
       found: r [seeds, L+1] by kind, init and precision.
     Returns: verdicts.
     """
-    paper = "arXiv:2103.03404"
     made = []
-    for kind, text in (("attention", "attention alone"), ("mlp", "an MLP without skips"),
-                       ("half", "an MLP with a skip, attention without")):  # fmt: skip
+    for kind, text, power, paper in (
+        ("attention", "attention alone", 3, "arXiv:2103.03404"),
+        ("mlp", "an MLP without skips", 3, "arXiv:2103.03404"),
+        ("half", "an MLP with a skip, attention without", 3, "arXiv:2103.03404"),
+        ("causal", "causal attention alone", 1, "arXiv:2405.18781"),
+        ("causal_mlp", "causal attention and an MLP without skips", 1, "arXiv:2405.18781"),
+    ):
+        falls = "triples with each layer" if power == 3 else "falls by as much at each layer"
         made += [
             _findings.gate(
-                f"{text}: log r triples with each layer (float64, D = 64)",
+                f"{text}: log r {falls} (float64, D = 64)",
                 slopes(found[kind, "fan_in", "float64"], "float64"),
-                least=2.4, most=3.6, source=paper,
+                least=0.8 * power, most=1.2 * power, source=f"{power}, {paper}",
             ),
             _findings.gate(
                 f"{text}: tokens are alike after the last layer (float32, D = 768)",
-                found[kind, "fan_in", "float32"][:, -1], most=1e-5, source=paper,
+                found[kind, "fan_in", "float32"][:, -1], most=1e-5, source="rounding",
             ),
         ]  # fmt: skip
     for init, title in INITS.items():
-        for kind in ("skip", "both"):
+        for kind in SKIPPED:
             made.append(
                 _findings.gate(
                     f"{KINDS[kind]}, init {title}: r stays above 0.95 (float32, D = 768)",
-                    found[kind, init, "float32"][:, -1], least=0.95, source=paper,
+                    found[kind, init, "float32"][:, -1], least=0.95, source="small runs",
                 )
             )  # fmt: skip
     return made
+
+
+def dashes(kind: str, init: str) -> Any:
+    """Choose how a line is drawn: dashed if causal, dotted at GPT-2's init."""
+    if init == "gpt2":
+        return (0, (1, 1.5))
+    return (0, (5, 2)) if kind.startswith("causal") else "-"
 
 
 def figure(found: Mapping[tuple[str, str, str], np.ndarray]) -> matplotlib.figure.Figure:
@@ -216,9 +237,9 @@ def figure(found: Mapping[tuple[str, str, str], np.ndarray]) -> matplotlib.figur
             if at != precision:
                 continue
             shown = np.maximum(r_SL, floor / 10)
-            style = "-" if init == "fan_in" else (0, (1, 1.5))
             depth = np.arange(r_SL.shape[1])
-            axes.plot(depth, np.exp(np.log(shown).mean(0)), color=COLORS[kind], ls=style, lw=1.6)
+            mean = np.exp(np.log(shown).mean(0))
+            axes.plot(depth, mean, color=COLORS[kind], ls=dashes(kind, init), lw=1.6)
         axes.axhline(floor, color="#57606a", lw=0.8, ls=(0, (4, 3)))
         axes.text(depth[-1], floor / 2, "rounding", color="#57606a", ha="right", va="top")
         axes.set(yscale="log", xlabel="layer", ylim=(1e-17, 4))
@@ -226,17 +247,18 @@ def figure(found: Mapping[tuple[str, str, str], np.ndarray]) -> matplotlib.figur
         axes.spines[["top", "right"]].set_visible(False)
     logs[0].set_ylabel("r: what is left of differences")
     for (kind, init, at), r_SL in found.items():
-        if at == "float32" and kind in ("skip", "both"):
-            style = "-" if init == "fan_in" else (0, (1, 1.5))
+        if at == "float32" and kind in SKIPPED:
+            style = dashes(kind, init)
             last.plot(range(r_SL.shape[1]), r_SL.T, color=COLORS[kind], ls=style, lw=1.4)
     last.axhline(0.95, color="#57606a", lw=0.8, ls=(0, (4, 3)))
     last.text(depth[-1], 0.94, "0.95", color="#57606a", ha="right", va="top")
     last.set(xlabel="layer", ylim=(0, 1.03))
     last.set_title("with a skip beside attention, float32", fontsize=10)
     last.spines[["top", "right"]].set_visible(False)
-    labels = [*((title, COLORS[kind]) for kind, title in KINDS.items())]
-    for i, (title, color) in enumerate([*labels, ("dotted: GPT-2's init", "#57606a")]):
-        y = 0.86 - 0.075 * i
+    labels = [(title, COLORS[kind]) for kind, title in KINDS.items() if "causal" not in kind]
+    labels += [(how, "#57606a") for how in ("dashed: causal", "dotted: GPT-2's init")]
+    for i, (title, color) in enumerate(labels):
+        y = 0.70 - 0.068 * i
         logs[1].text(0.42, y, title, color=color, transform=logs[1].transAxes, fontsize=9)
     return made
 
@@ -247,7 +269,7 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
     for precision in SIZES:
         wide = jax.enable_x64(True) if precision == "float64" else contextlib.nullcontext()
         for init in INITS:
-            for kind in KINDS if init == "fan_in" else ("skip", "both"):
+            for kind in KINDS if init == "fan_in" else SKIPPED:
                 print(f"{precision}, {INITS[init]}: {KINDS[kind]}", file=sys.stderr)
                 with wide:
                     found[kind, init, precision] = through_layers(cfg, mesh, kind, init, precision)
@@ -263,8 +285,9 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
     save(figure(found), out / "rank_collapse.png")
     caption = (
         "What is left of the tokens' differences through layers at random init. Without a skip "
-        "beside attention it is gone after four layers, with an MLP or without. Means of seeds on "
-        "the left, a line a seed on the right."
+        "beside attention to all tokens it is gone after five layers, with an MLP or without; "
+        "under a causal mask it falls by a factor at each. Means of seeds on the left, a line a "
+        "seed on the right."
     )
     return _findings.Answer(
         table=table,

@@ -42,6 +42,7 @@ from experiments._entropy_bound import compare_with_bound
 from experiments._findings import Answer, Figure, Verdict, gate, run, script
 from experiments._learn import Case, learn_cases
 from experiments._report import save
+from experiments._sensitivity import sensitivity, too_high
 from jax_attn import control, data, head_summary, language_model, read_mesh, train
 from jax_attn.command_line import check_positive
 from jax_attn.report import training_progress
@@ -110,8 +111,9 @@ def multiples(cfg: Config) -> list[float]:
         made = sorted({float(word) for word in cfg.rates.split(",")})
     except ValueError:
         made = []
-    if len(made) < 2 or not made[0] > 0 or not math.isfinite(made[-1]):
-        raise ValueError(f"--rates looks like 1,10,100, two at least; got {cfg.rates!r}")
+    apart = {f"{cfg.model.learning_rate * x:.3g}" for x in made}
+    if len(apart) < max(len(made), 2) or not made[0] > 0 or not math.isfinite(made[-1]):
+        raise ValueError(f"--rates looks like 1,10,100, two apart at least; got {cfg.rates!r}")
     return made
 
 
@@ -210,18 +212,6 @@ def after_a_clip(cfg: Config, windows: np.ndarray, params: Any) -> jax.Array:
     return aux["attention"]["ratio_N"].max()
 
 
-def sensitivity(losses: Any, start: Any) -> np.ndarray:
-    """Average over rates how far min(loss, loss at init) is above that of the best rate.
-
-    Args:
-      losses: [rates,seeds]; one that is not a number counts as the loss at init.
-      start: losses at init, [seeds].
-    Returns: [seeds], nats.
-    """
-    bounded = np.fmin(np.asarray(losses, float), np.asarray(start, float)[None])
-    return (bounded - bounded.min(axis=0)).mean(axis=0)
-
-
 def verdicts(
     start: Any,
     losses: Mapping[str, Any],
@@ -260,6 +250,15 @@ def verdicts(
             gate(
                 f"{WAYS[way]} is less sensitive to the learning rate than plain, by nats",
                 sensitivity(plain, start) - sensitivity(losses[way], start),
+                least=MARGIN,
+                source=source,
+            )
+            for way, source in sources.items()
+        ),
+        *(
+            gate(
+                f"at rates above plain's best {WAYS[way]} loses less than plain, by nats",
+                too_high(plain, start, best) - too_high(losses[way], start, best),
                 least=MARGIN,
                 source=source,
             )
@@ -369,7 +368,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
     rows = {way: [learned[name].rows for name in made] for way, made in names.items()}
     save(_stability_figures.heads(WAYS, rates, rows), out / "heads.png")
     captions = {
-        "stability.png": f"Final held-out loss against the learning rate, {cfg.seeds} seeds, and "
+        "stability.png": f"Final held-out loss against the learning rate, {cfg.seeds} seeds, dots "
+        "of one rate side by side, and "
         "sensitivity to it (arXiv:2309.14322). Right: entropy of rows of 64 logits within sigma of "
         f"their mean, and the least there can be. Text: {text.name}, {text.sha256}.",
         "heads.png": "Statistics of every head during training, seed 0, by learning rate.",

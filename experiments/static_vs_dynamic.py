@@ -300,6 +300,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
     save(_static_figures.loss_figure(steps, curves, counts), out / "loss.png")
     save(_static_figures.ladder_figure(steps, losses, variances, counts), out / "ladder.png")
     attention = [x for name, x in losses.items() if name.removesuffix("+mlp") == "attention"]
+    mixed = [losses[name] for name in learned if name.removesuffix("+mlp") != "none"]
+    reference = attention or [np.min(mixed, axis=0)] if mixed else []
     captions = {
         "loss.png": "Held-out loss during training, equal numbers of trained parameters; mean of "
         "seeds, band from least to largest. Dashed: byte counts on the same positions. Text: "
@@ -312,7 +314,7 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
         verdicts=verdicts(counts, losses, variances),
         figures=[_findings.Figure(file, caption) for file, caption in captions.items()],
         text=text,
-        untrained=untrained(text, heldout, attention),
+        untrained=untrained(text, heldout, reference),
     )
 
 

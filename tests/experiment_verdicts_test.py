@@ -12,7 +12,7 @@ import pytest
 
 from experiments import __main__ as listing
 from experiments import _character, _findings, gallery
-from experiments._findings import Answer, Figure, gate, moot, positive
+from experiments._findings import Answer, Figure, gate, moot, positive, spread
 from jax_attn import data, make_mesh
 
 QUESTION = "Does it?"
@@ -46,7 +46,10 @@ def test_a_difference_is_judged_by_the_interval_of_its_mean() -> None:
         assert made.holds is holds, made
     assert positive("x", [1.0, 1.0]).holds is True
     assert positive("x", [0.0, 0.0]).holds is None
-    assert positive("x", [1.0, np.nan]).holds is False
+    lost = positive("x", [1.0, 3.0, np.nan])
+    assert lost.holds is None
+    assert lost.measured == "2 [1, 3], 1 of 3 not finite; a seed without a number decides nothing"
+    assert spread([np.nan, np.nan]) == "nan"
     with pytest.raises(ValueError, match="at least one"):
         positive("x", [])
 
@@ -67,6 +70,7 @@ def test_a_character_model_is_trained_if_it_beats_pairs_of_bytes() -> None:
     assert _character.untrained(text, windows, [0.0, 1e-4]) == ""
     for loss in ([0.0, 0.7], [np.nan, 0.0]):
         assert "pairs of bytes" in _character.untrained(text, windows, loss)
+    assert _character.untrained(text, windows, []) == ""
 
 
 # The folder of a run.

@@ -128,7 +128,7 @@ def test_a_word_stands_beside_each_colour(planted: tuple[Path, str]) -> None:
     ("value", "shown"),
     [
         ([1.0, 2.0], "1.5 <small>[1, 2]</small>"),
-        (["nan", 1.0], "nan <small>[nan, nan]</small>"),
+        (["nan", 1.0], "1 <small>[1, 1], 1 of 2 not finite</small>"),
         ([0.25], "0.25"),
         (["a<", {}], "[&#x27;a&lt;&#x27;, {}]"),
         (1234567, "1,234,567"),
@@ -309,6 +309,18 @@ def test_a_run_made_elsewhere_is_not_removed(
     assert gallery.main([f"--out={tmp_path}", "--only=recall"]) == 2
     assert "is none of a gallery" in capsys.readouterr().err
     assert (tmp_path / "recall" / "summary.json").exists()
+
+
+def test_a_preset_that_there_is_not_removes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(tmp_path / "recall", verdict(True))
+    (tmp_path / "recall" / "output.txt").write_text("a gallery's")
+    assert gallery.main([f"--out={tmp_path}", "--only=recall", "--each=qiuck"]) == 2
+    assert "--each must be one of quick, default, tpu, got 'qiuck'" in capsys.readouterr().err
+    assert (tmp_path / "recall" / "summary.json").exists()
+    assert gallery.main(["--out=", "--only=recall"]) == 2
+    assert "--out must name a folder" in capsys.readouterr().err
 
 
 def test_presets_reach_the_experiments(tmp_path: Path) -> None:

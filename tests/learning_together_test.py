@@ -41,7 +41,7 @@ def test_writes_all_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert np.isfinite(first).all()
     sorted_SA = np.sort(np.array(first[4:], float).T)
     assert np.diff(sorted_SA).min() > 1e-4, "each swap another model"
-    assert len(found) == len(summary["table"]) == 8 + 3 + 4 + 4
+    assert len(found) == len(summary["table"]) == 9 + 3 + 4 + 4
     exact, *others = summary["verdicts"]
     assert exact["holds"] is True
     assert len(others) == 8

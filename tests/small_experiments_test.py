@@ -101,6 +101,12 @@ def test_a_matrix_holds_as_many_keys_as_it_has_features() -> None:
             for S in (least, 32):
                 found = bounds | {(way, S): [fast_weights.bound(way, 4, S) + planted] * 2}
                 assert holds(fast_weights.verdicts(4, found)).count(False) == 1
+    apart = {("linear", S): [fast_weights.bound("linear", 4, S)] * 2 for S in (8, 16)}
+    apart["linear", 8][0] += 0.05
+    apart["linear", 16][1] += 0.02
+    assert holds(fast_weights.verdicts(4, bounds | apart))[0] is False, "each at another S"
+    apart["linear", 16][1] -= 0.021  # below the bound, less than the other is above it
+    assert holds(fast_weights.verdicts(4, bounds | apart))[0] is False
     found = bounds | {("dpfp", 8): [0.2, 0.2]}
     assert holds(fast_weights.verdicts(4, found)) == [True] * 3, "not beyond its 8 features"
 
@@ -134,7 +140,8 @@ def test_the_slope_is_that_of_what_falls_by_powers() -> None:
 
 def test_what_is_left_of_tokens_is_judged_either_way() -> None:
     cubed = np.array([[0.4**3**i for i in range(4)] + [1e-16]] * 2)
-    left = {"attention": 1e-7, "mlp": 1e-7, "half": 1e-7, "skip": 0.99, "both": 0.99}
+    gone = ("attention", "mlp", "half", "causal", "causal_mlp")
+    left = dict.fromkeys(gone, 1e-7) | dict.fromkeys(rank_collapse.SKIPPED, 0.99)
 
     def planted(turned: bool) -> dict[tuple[str, str, str], np.ndarray]:
         made = {
@@ -142,15 +149,29 @@ def test_what_is_left_of_tokens_is_judged_either_way() -> None:
             for kind, r in left.items()
             for init in rank_collapse.INITS
         }
-        slow = 0.4 ** np.array([[1.0, 1.5, 2.2, 3.2, 4.5]] * 2)
-        kinds = ("attention", "mlp", "half")
-        return made | {(kind, "fan_in", "float64"): slow if turned else cubed for kind in kinds}
+        slow = 0.4 ** np.array([[1.0, 2.0, 3.0, 4.0, 5.0]] * 2)
+        for kind in gone:
+            geometric = kind.startswith("causal") != turned
+            made[kind, "fan_in", "float64"] = slow if geometric else cubed
+        return made
 
-    assert holds(rank_collapse.verdicts(planted(turned=False))) == [True] * 10
-    assert holds(rank_collapse.verdicts(planted(turned=True))) == [False] * 10
+    assert holds(rank_collapse.verdicts(planted(turned=False))) == [True] * 16
+    assert holds(rank_collapse.verdicts(planted(turned=True))) == [False] * 16
     seeds = planted(turned=False)
     seeds["both", "gpt2", "float32"][0, -1] = 0.6
-    assert holds(rank_collapse.verdicts(seeds)) == [True] * 9 + [None]
+    assert holds(rank_collapse.verdicts(seeds)) == [True] * 14 + [None, True]
+
+
+def test_a_causal_layer_reads_no_later_token() -> None:
+    params = rank_collapse.draw(jax.random.key(0), "fan_in", 3, 4, 2, jnp.float32)
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 5, 4))
+    other_BTD = x_BTD.at[:, 3:].set(7.0)
+    for kind in rank_collapse.KINDS:
+        moved = rank_collapse.layer(kind, params, other_BTD) - rank_collapse.layer(
+            kind, params, x_BTD
+        )
+        same = bool(jnp.all(jnp.abs(moved[:, :3]) < 1e-6))
+        assert same == kind.startswith("causal"), kind
 
 
 def test_what_is_left_of_equal_tokens_is_nothing() -> None:

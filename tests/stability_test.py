@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import _character, stability
+from experiments import _character, _sensitivity, stability
 from experiments._entropy_bound import (
     LENGTHS,
     SIGMAS,
@@ -268,8 +268,10 @@ def test_parameters_change_after_updates_that_were_made(tmp_path: Path) -> None:
 
 def test_sensitivity_is_the_mean_above_the_best_rate() -> None:
     losses = np.array([[3.0, 2.0], [2.0, 2.5], [9.0, np.nan]])
-    np.testing.assert_allclose(stability.sensitivity(losses, [6.0, 5.0]), [5 / 3, 3.5 / 3])
-    assert stability.sensitivity(np.full((3, 1), np.nan), [6.0]).tolist() == [0.0]
+    np.testing.assert_allclose(_sensitivity.sensitivity(losses, [6.0, 5.0]), [5 / 3, 3.5 / 3])
+    assert _sensitivity.sensitivity(np.full((3, 1), np.nan), [6.0]).tolist() == [0.0]
+    np.testing.assert_allclose(_sensitivity.too_high(losses, [6.0, 5.0], [1, 0]), [4.0, 1.75])
+    assert np.isnan(_sensitivity.too_high(losses, [6.0, 5.0], [2, 0])).tolist() == [True, False]
 
 
 def judged(*, good: bool) -> list[bool | None]:
@@ -289,18 +291,19 @@ def judged(*, good: bool) -> list[bool | None]:
 
 
 def test_verdicts_come_out_either_way() -> None:
-    assert judged(good=True) == [True] * 9
-    assert judged(good=False) == [False] * 9
+    assert judged(good=True) == [True] * 12
+    assert judged(good=False) == [False] * 12
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("--model.steps=0", "--model.steps must be at least 1, got 0"),
-        ("--rates=1", "--rates looks like 1,10,100, two at least; got '1'"),
-        ("--rates=1,x", "--rates looks like 1,10,100, two at least; got '1,x'"),
-        ("--rates=0,1", "--rates looks like 1,10,100, two at least; got '0,1'"),
-        ("--rates=1,inf", "--rates looks like 1,10,100, two at least; got '1,inf'"),
+        ("--rates=1", "--rates looks like 1,10,100, two apart at least; got '1'"),
+        ("--rates=1,1.0001", "--rates looks like 1,10,100, two apart at least; got '1,1.0001'"),
+        ("--rates=1,x", "--rates looks like 1,10,100, two apart at least; got '1,x'"),
+        ("--rates=0,1", "--rates looks like 1,10,100, two apart at least; got '0,1'"),
+        ("--rates=1,inf", "--rates looks like 1,10,100, two apart at least; got '1,inf'"),
         ("--tau=0", "--tau must be above 0, got 0.0"),
         ("--weight=0", "--weight must be above 0, got 0.0"),
         ("--floor=9", "--floor must lie between 0 and log(T) = 4.159 nats"),

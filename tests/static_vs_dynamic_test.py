@@ -49,6 +49,16 @@ def test_writes_all_it_promises(tmp_path, one_device, capsys):
 
 
 @pytest.mark.long
+def test_models_without_attention_are_judged_by_the_best(tmp_path, one_device):
+    summary, _ = written(tmp_path, ["--rungs=none,uniform", "--without_mlp=false"])
+    assert [row["mixing"] for row in summary["table"]][:2] == [
+        "each token alone",
+        "uniform over the past",
+    ]
+    assert "not below" in summary["verdicts"][0]["measured"], "two steps teach nothing"
+
+
+@pytest.mark.long
 def test_trains_every_model(tmp_path, one_device):
     summary, rows = written(tmp_path, [])
     assert {row["model"] for row in rows} == {name + s for name in LADDER for s in COLUMNS}
