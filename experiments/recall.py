@@ -349,8 +349,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
     save(figure(titles, rows, V=cfg.V, pairs=cfg.pairs), out / "recall.png")
     caption = (
         f"Recall of {cfg.pairs} pairs at length {cfg.T} over training: the share of answers that "
-        f"are right, a line for each of {cfg.seeds} seeds, names at their mean. Dashed: what a "
-        "guess gets right."
+        f"are right, a line for each of {cfg.seeds} seeds, names where their best ends. Dashed: "
+        "what a guess gets right."
     )
     return Answer(
         table=table,
