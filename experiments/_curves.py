@@ -21,7 +21,7 @@ def name_ends(
     A name that had to move is joined to the end it is of.
 
     Args:
-      axes: with all curves drawn.
+      axes: with all curves drawn, which end at its right edge.
       ends: of each curve its last value, its name and its colour.
       gap: least distance of two names, as a share of the height.
     """

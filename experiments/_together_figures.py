@@ -127,4 +127,5 @@ def finish(axes: matplotlib.axes.Axes, ends: Sequence[tuple[float, str, Any]]) -
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", nbins=5)
+    axes.set_xlim(right=axes.dataLim.x1)  # names are joined to curves that end at the edge
     name_ends(axes, ends)
