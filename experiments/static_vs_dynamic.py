@@ -11,7 +11,7 @@ by their mean over training text (arXiv:2211.03495). All blocks train as many nu
 Every model adds learned positions to its embedding; queries and keys are also turned by RoPE
 (--rope=false leaves that out). A learned matrix moves at sqrt(D) times the learning rate, without
 decay: its logits are drawn sqrt(D) times as wide as weights are, and at the common rate would
-hardly leave their init. One rate serves all else.
+hardly leave their init. One rate serves all else, and how far models are apart depends on it.
 
 Beside the curves: byte counts of order 0 to 5 on the same split and the same positions
 (experiments/_counts.py), which say how many bytes of context a loss is worth.

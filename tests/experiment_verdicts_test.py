@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -182,6 +183,8 @@ def test_published_results_are_of_the_experiment_as_it_asks_today(path: pathlib.
     assert made["question"] == asked.question
     assert made["preset"] == "default"
     assert made["config"] == {name: x for name, x in default.items() if name != "out"}
-    assert {"revision", "date", "device", "machine", "jax", "python"} <= made.keys()
+    assert {"date", "device", "machine", "processor", "jax", "python"} <= made.keys()
+    assert re.fullmatch("[0-9a-f]{12}", made["revision"]), "files that were committed"
     assert made["verdicts"]
+    assert all(v["values"] for v in made["verdicts"])
     assert all(v["verdict"] == _findings.WORDS[v["holds"]] for v in made["verdicts"])
