@@ -7,7 +7,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tarfile
 from typing import Any
 
 import pytest
@@ -257,8 +256,8 @@ def test_what_is_shipped_is_the_tree_as_it_is_now(tmp_path: pathlib.Path) -> Non
     (tree / "link.py").symlink_to("kept.py")
     made = ship.pack(tree, archive, state)
     assert (made.revision, made.files) == (clean.revision, 6)
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path / "out", filter="data")
+    (tmp_path / "out").mkdir()
+    subprocess.run(["tar", "-xf", archive, "-C", tmp_path / "out"], check=True)
     out = {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
     said = json.loads(out.pop("REVISION.json"))
     assert said["revision"] == clean.revision
