@@ -117,7 +117,7 @@ def chunks(text_bytes: np.ndarray, T: int, total: int) -> np.ndarray:
     return data.windows(text_bytes, B=B, T=T, count=total // B)
 
 
-def of_pairs(text: data.Text, windows: Any) -> float:
+def loss_of_pairs(text: data.Text, windows: Any) -> float:
     """Measure the loss of counts of pairs of bytes (order 1) on windows [...,T+1], nats a byte."""
     flat = np.asarray(windows).reshape(-1, np.shape(windows)[-1])
     return float(_counts.losses(text.train, flat, orders=2)[1])
@@ -136,7 +136,7 @@ def untrained(text: data.Text, windows: Any, loss: Any) -> str:
     """
     if np.size(loss) == 0:
         return ""
-    pairs, worst = of_pairs(text, windows), float(np.max(loss))
+    pairs, worst = loss_of_pairs(text, windows), float(np.max(loss))
     if worst < pairs:
         return ""
     return (

@@ -127,8 +127,8 @@ def verdicts(H: int, found: Mapping[tuple[str, int], Any]) -> list[_findings.Ver
         over = {S: np.asarray(found[way, S]) - bound(way, H, S) for S in beyond}
         if not over:
             continue
-        over_CS = np.stack(list(over.values()))  # [numbers of keys, seeds]
-        above, below = over_CS.max(0), over_CS.min(0)
+        all_over = np.stack(list(over.values()))  # [numbers of keys, seeds]
+        above, below = all_over.max(0), all_over.min(0)
         worst = np.where(below < -1e-4, below, above)
         limit = "(1 - d/S) / 2" if each else "0"
         made.append(

@@ -297,7 +297,7 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> Answer:
         return {"what": what, **ends, "half at step": half, "in the first tenth": None}
 
     table = [row(f"held-out loss, {name}", curve.loss_RS) for name, curve in curves.items()]
-    pairs = np.full(losses.shape, _character.of_pairs(text, windows))
+    pairs = np.full(losses.shape, _character.loss_of_pairs(text, windows))
     table.append(row("held-out loss, counting pairs of bytes", pairs))
     table += [
         row(f"cost, {name}", cost_RS) | {"in the first tenth": early(steps, cost_RS)}

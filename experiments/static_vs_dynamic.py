@@ -299,9 +299,10 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, out: pathlib.Path) -> _findings.A
     }
     save(_static_figures.loss_figure(steps, curves, counts), out / "loss.png")
     save(_static_figures.ladder_figure(steps, losses, variances, counts), out / "ladder.png")
-    attention = [x for name, x in losses.items() if name.removesuffix("+mlp") == "attention"]
-    mixed = [losses[name] for name in learned if name.removesuffix("+mlp") != "none"]
-    reference = attention or [np.min(mixed, axis=0)] if mixed else []
+    reference = [x for name, x in losses.items() if name.removesuffix("+mlp") == "attention"]
+    if not reference:  # --rungs without it: the best that mixes has to have learned something
+        mixed = [losses[name] for name in learned if name.removesuffix("+mlp") != "none"]
+        reference = [np.min(mixed, axis=0)] if mixed else []
     captions = {
         "loss.png": "Held-out loss during training, equal numbers of trained parameters; mean of "
         "seeds, band from least to largest. Dashed: byte counts on the same positions. Text: "

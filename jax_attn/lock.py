@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import pathlib
+import warnings
 from collections.abc import Iterator
 
 
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 def hold(path: pathlib.Path, taken: Exception) -> Iterator[None]:
     """Hold a file while the body runs.
 
-    On a file system without locks (some network mounts) it is held against nobody.
+    On a file system without locks (some network mounts) it is held against nobody, with a warning.
 
     Args:
       path: the file, made if it is not there, and left there with what it holds.
@@ -27,6 +28,9 @@ def hold(path: pathlib.Path, taken: Exception) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise taken from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            warnings.warn(
+                f"{path} cannot be locked ({error}): see that no other process uses its folder",
+                stacklevel=3,  # past contextlib, to who asked
+            )
         yield

@@ -1,5 +1,7 @@
 """Tests of jax_attn.lock: held against another process, let go of when that is killed."""
 
+import errno
+import fcntl
 import pathlib
 import subprocess
 import sys
@@ -42,6 +44,19 @@ def test_a_file_that_another_process_holds_is_refused_until_that_is_killed(
     with hold(path, LookupError("taken")):
         pass
     assert path.read_text() == "kept"
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    ran = False
+    with pytest.warns(UserWarning, match="No locks available"), hold(tmp_path / "a", KeyError()):
+        ran = True
+    assert ran
 
 
 def test_the_body_s_own_error_passes_and_lets_go(tmp_path: pathlib.Path) -> None:

@@ -274,6 +274,26 @@ def test_sensitivity_is_the_mean_above_the_best_rate() -> None:
     assert np.isnan(_sensitivity.too_high(losses, [6.0, 5.0], [2, 0])).tolist() == [True, False]
 
 
+def test_the_page_has_the_sensitivities_of_the_published_losses() -> None:
+    folder = Path(stability.__file__).parent
+    table = json.loads((folder / "results" / "stability.json").read_text())["table"]
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    losses = {
+        title: np.array([r["loss, nats"] for r in table if r["model"].startswith(f"{title}, rate")])
+        for title in stability.WAYS.values()
+    }
+    best = losses[stability.WAYS["plain"]].argmin(0)
+    far = np.full(3, np.inf)  # all losses are below those at init
+    for title, loss in losses.items():
+        (row,) = [
+            line for line in page.splitlines() if line.startswith(f"| {title}") and "[" in line
+        ]
+        cells = [cell.strip() for cell in row.split("|")]
+        all_rates = _sensitivity.sensitivity(loss, far)
+        assert cells[4].startswith(f"{all_rates.mean():.3f} [{all_rates.min():.3f}, ")
+        assert cells[5] == f"{_sensitivity.too_high(loss, far, best).mean():.3f}"
+
+
 def judged(*, good: bool) -> list[bool | None]:
     flat, steep = np.array([[2.2, 2.2], [2.0, 2.0], [2.3, 2.3]]), np.array([[2.2], [2.0], [4.0]])
     plain, held = (steep.repeat(2, 1), flat) if good else (flat, steep.repeat(2, 1))
